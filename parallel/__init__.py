@@ -1,0 +1,1 @@
+"""Once per rank: groups, placements, the model, its checkpoints and the generation loop."""

@@ -1,0 +1,1 @@
+"""Checkpoints: reading, planning, sharding and storing them. The only importer of safetensors."""

@@ -1,0 +1,157 @@
+"""Open a checkpoint directory of any known form and check it against its config. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from parallel.checkpoint.json_file import read_json_object
+from parallel.checkpoint.layout import (
+    SCALE_SUFFIX,
+    Layout,
+    check_names,
+    check_source,
+    make_layout,
+)
+from parallel.checkpoint.readers.huggingface import INDEX_NAME, HuggingFaceSource, read_index
+from parallel.checkpoint.readers.prepared import PreparedSource, is_prepared
+from parallel.checkpoint.source import Source
+from parallel.errors import CheckpointError
+from parallel.model.config import ModelConfig, token_ids
+from quant.scheme import QuantScheme
+
+BIN_INDEX_NAME = "pytorch_model.bin.index.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory that was opened.
+
+    Attributes:
+        config: its model.
+        source: its tensors.
+        eos_token_ids: the union of config.json and generation_config.json.
+        unused_sampling: sampling defaults in generation_config.json, which are not used.
+    """
+
+    path: Path
+    config: ModelConfig
+    source: Source
+    eos_token_ids: tuple[int, ...]
+    unused_sampling: Mapping[str, Any]
+
+    @property
+    def prepared_size(self) -> int | None:
+        """The tensor-parallel size it was prepared for, or None."""
+        return self.source.size if isinstance(self.source, PreparedSource) else None
+
+    def layout(self, scheme: QuantScheme, *, vocab_emb_dp: bool = False) -> Layout:
+        """What the ranks will hold.
+
+        Raises:
+            CheckpointError: tensors do not fit the config, or the checkpoint is quantized already
+                and another scheme is asked for.
+        """
+        if isinstance(self.source, PreparedSource):
+            return _prepared_layout(self.config, self.source, scheme, vocab_emb_dp)
+        layout = self._make_layout(scheme, vocab_emb_dp)
+        check_source(layout.table, self.source.tensors, str(self.path))
+        return layout
+
+    def _make_layout(self, scheme: QuantScheme, vocab_emb_dp: bool) -> Layout:
+        infos = self.source.tensors
+
+        def dtype_of(name: str) -> str:
+            return infos[name].dtype if name in infos else self.config.dtype
+
+        return make_layout(self.config, scheme, vocab_emb_dp=vocab_emb_dp, dtype_of=dtype_of)
+
+
+def open_checkpoint(path: Path, overrides: Mapping[str, Any] | None = None) -> Checkpoint:
+    """Open a Hugging Face directory or one that `prepare` wrote.
+
+    Args:
+        overrides: values that stand in for those of config.json, by its names.
+
+    Raises:
+        CheckpointError, ModelError: what is wrong with it, in a sentence.
+    """
+    values = read_config(path, overrides)
+    config = ModelConfig.from_hf(values, str(path / "config.json"))
+    generation = _optional_json(path / "generation_config.json")
+    return Checkpoint(
+        path=path,
+        config=config,
+        source=PreparedSource(path) if is_prepared(path) else HuggingFaceSource(path),
+        eos_token_ids=_eos_ids(config, generation, path),
+        unused_sampling={key: generation[key] for key in _SAMPLING_KEYS if key in generation},
+    )
+
+
+def read_config(path: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """`config.json` of a directory, with overrides; the weights are not looked at."""
+    if not path.is_dir():
+        kind = "is a file" if path.exists() else "does not exist"
+        raise CheckpointError(f"`checkpoint` {path} {kind}; give a checkpoint's directory.")
+    return {**read_json_object(path / "config.json"), **(overrides or {})}
+
+
+def describe_layout(
+    path: Path, scheme: QuantScheme, overrides: Mapping[str, Any], *, vocab_emb_dp: bool
+) -> Layout:
+    """The layout of a directory from its config.json and, where there is one, its index alone."""
+    config = ModelConfig.from_hf(read_config(path, overrides), str(path / "config.json"))
+    if is_prepared(path):
+        return _prepared_layout(config, PreparedSource(path), scheme, vocab_emb_dp)
+    layout = make_layout(config, scheme, vocab_emb_dp=vocab_emb_dp)
+    for name in (INDEX_NAME, BIN_INDEX_NAME):
+        if (path / name).exists():
+            check_names(layout.table, read_index(path / name), str(path / name))
+            break
+    return layout
+
+
+_SAMPLING_KEYS = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
+
+
+def _eos_ids(config: ModelConfig, generation: dict[str, Any], path: Path) -> tuple[int, ...]:
+    more = token_ids(generation.get("eos_token_id"), str(path / "generation_config.json"))
+    return tuple(sorted({*config.eos_token_ids, *more}))
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json_object(path) if path.exists() else {}
+
+
+def _prepared_layout(
+    config: ModelConfig, source: PreparedSource, scheme: QuantScheme, vocab_emb_dp: bool
+) -> Layout:
+    if scheme.quant_method is not None and scheme != source.scheme:
+        raise CheckpointError(
+            f"{source.path} was prepared as {source.scheme.label}; leave `quant` out, or prepare "
+            f"it from its source with the scheme that you want ({scheme.label})."
+        )
+    layout = make_layout(
+        config, source.scheme, vocab_emb_dp=vocab_emb_dp, dtype_of=_prepared_dtype(source)
+    )
+    wanted = {tensor.name: (tensor.shape, tensor.dtype) for tensor in layout.tensors}
+    found = {name: (info.shape, info.dtype) for name, info in source.tensors.items()}
+    if wanted != found:
+        names = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
+        raise CheckpointError(
+            f"{source.path}: {names[0]} is {found.get(names[0], 'missing')}, but its config.json "
+            f"asks for {wanted.get(names[0], 'no such tensor')}; prepare the checkpoint again."
+        )
+    return layout
+
+
+def _prepared_dtype(source: PreparedSource) -> Callable[[str], str]:
+    def dtype_of(name: str) -> str:
+        info = source.tensors.get(name + SCALE_SUFFIX) or source.tensors.get(name)
+        return info.dtype if info else "missing"
+
+    return dtype_of
+
+

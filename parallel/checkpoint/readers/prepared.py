@@ -1,0 +1,167 @@
+"""Our own prepared directory as a source: any slice of any tensor, whatever size it was cut for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from parallel.checkpoint.json_file import read_json_object
+from parallel.checkpoint.readers.safetensors_file import SafetensorsFile
+from parallel.checkpoint.source import TensorInfo
+from parallel.errors import CheckpointError
+from parallel.placement import Index, Shape, index_shape
+from quant.scheme import QuantScheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+SHARD_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class _Shard:
+    rank: int
+    index: Index
+
+
+class PreparedSource:
+    """A directory that `prepare` wrote.
+
+    Attributes:
+        size: the tensor-parallel size it was cut for; any slice can be read all the same.
+        scheme: how its weights are quantized.
+
+    Raises:
+        CheckpointError: no whole manifest, a missing shard, or a shard whose names, shapes, dtypes
+            or size are not the manifest's.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest = _read_manifest(path / MANIFEST)
+        self.size: int = self.manifest["mesh"]["tp"]
+        self.scheme = QuantScheme.from_dict(self.manifest["scheme"])
+        self._shards = {name: _shards(entry) for name, entry in self._entries()}
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: TensorInfo(tuple(entry["shape"]), entry["dtype"], MANIFEST)
+            for name, entry in self._entries()
+        }
+        self._files = [
+            SafetensorsFile(path / f"rank_{rank}" / SHARD_FILE) for rank in range(self.size)
+        ]
+        for rank in range(self.size):
+            self._check_file(rank)
+
+    def read(self, name: str, index: Index) -> Tensor:
+        """A slice of a global tensor: from one rank's file where it is whole there, else joined."""
+        for shard in self._shards[name]:
+            if _contains(shard.index, index):
+                return self._read_shard(name, shard, index)
+        return self._join(name, index)
+
+    def identity(self) -> dict[str, Any]:
+        """That of the checkpoint it was prepared from."""
+        return dict(self.manifest["source"])
+
+    def _entries(self) -> list[tuple[str, dict[str, Any]]]:
+        return list(self.manifest["tensors"].items())
+
+    def _read_shard(self, name: str, shard: _Shard, index: Index) -> Tensor:
+        local = tuple(
+            slice(cut.start - held.start, cut.stop - held.start)
+            for cut, held in zip(index, shard.index, strict=True)
+        )
+        return self._files[shard.rank].read(name, local)
+
+    def _join(self, name: str, index: Index) -> Tensor:
+        import torch
+
+        info = self.tensors[name]
+        joined = torch.empty(index_shape(index), dtype=getattr(torch, info.dtype))
+        for shard in self._shards[name]:
+            common = _intersection(shard.index, index)
+            if common is not None:
+                target = tuple(
+                    slice(cut.start - base.start, cut.stop - base.start)
+                    for cut, base in zip(common, index, strict=True)
+                )
+                joined[target] = self._read_shard(name, shard, common)
+        return joined
+
+    def _check_file(self, rank: int) -> None:
+        found = self._files[rank].tensors
+        wanted = {
+            name: (index_shape(shard.index), self.tensors[name].dtype)
+            for name, shards in self._shards.items()
+            for shard in shards
+            if shard.rank == rank
+        }
+        if {name: (info.shape, info.dtype) for name, info in found.items()} != wanted:
+            raise CheckpointError(
+                f"{self._files[rank].path} does not hold the tensors that {MANIFEST} lists; "
+                "prepare the checkpoint again."
+            )
+
+
+def is_prepared(path: Path) -> bool:
+    """Whether a directory was written by `prepare`."""
+    return (path / MANIFEST).exists()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    manifest = read_json_object(path)
+    if manifest.get("format") != "shardrun" or manifest.get("version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} is not a manifest of version {FORMAT_VERSION}; prepare the checkpoint again."
+        )
+    try:
+        _check_manifest(manifest)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error!r}); prepare again.") from error
+    return manifest
+
+
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    """Every tensor has a shard a rank, and the shards cover it."""
+    size = manifest["mesh"]["tp"]
+    if manifest["complete"] is not True or type(size) is not int or size < 1:
+        raise ValueError("not complete")
+    for name, entry in manifest["tensors"].items():
+        shards = _shards(entry)
+        if len(shards) != size or not _cover(tuple(entry["shape"]), shards):
+            raise ValueError(f"the shards of {name} do not cover it")
+
+
+def _shards(entry: dict[str, Any]) -> list[_Shard]:
+    return [
+        _Shard(rank, tuple(slice(start, stop) for start, stop in shard["slice"]))
+        for rank, shard in enumerate(entry["shards"])
+    ]
+
+
+def _cover(shape: Shape, shards: list[_Shard]) -> bool:
+    """Distinct shards never overlap, so it is enough to count their entries."""
+    distinct = {tuple((cut.start, cut.stop) for cut in shard.index) for shard in shards}
+    sizes = [math.prod(stop - start for start, stop in cuts) for cuts in distinct]
+    inside = all(0 <= start <= stop <= n for cuts in distinct
+                 for (start, stop), n in zip(cuts, shape, strict=True))  # fmt: skip
+    return inside and sum(sizes) == math.prod(shape)
+
+
+def _contains(outer: Index, inner: Index) -> bool:
+    return all(
+        a.start <= b.start and b.stop <= a.stop for a, b in zip(outer, inner, strict=True)
+    )
+
+
+def _intersection(first: Index, second: Index) -> Index | None:
+    common = tuple(
+        slice(max(a.start, b.start), min(a.stop, b.stop))
+        for a, b in zip(first, second, strict=True)
+    )
+    return None if any(cut.start >= cut.stop for cut in common) else common

@@ -1,0 +1,71 @@
+"""One .safetensors file: a header that is checked when it is opened, and tensors mapped on demand."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from parallel.checkpoint.source import DTYPE_NAMES, TensorInfo
+from parallel.errors import CheckpointError
+from parallel.placement import Index
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class SafetensorsFile:
+    """The library checks lengths, overlaps and sizes; here its errors become sentences.
+
+    Raises:
+        CheckpointError: the file is missing, cut off, or has a dtype that weights do not have.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tensors = self._read_infos()
+        self._mapped: Any = None
+
+    def read(self, name: str, index: Index) -> Tensor:
+        """A slice of a tensor; a view of the mapped file where it is contiguous."""
+        if self._mapped is None:
+            self._mapped = _open(self.path, "pt")
+        return self._mapped.get_tensor(name)[index].contiguous()
+
+    def identity(self) -> dict[str, Any]:
+        """Size and header hash; a file with the same header may still hold other data."""
+        with self.path.open("rb") as file:
+            length = file.read(8)
+            header = file.read(int.from_bytes(length, "little"))
+        return {
+            "size": self.path.stat().st_size,
+            "header_sha256": hashlib.sha256(length + header).hexdigest(),
+        }
+
+    def _read_infos(self) -> dict[str, TensorInfo]:
+        # The "numpy" framework is never asked for data: it only spares the import of torch.
+        with _open(self.path, "numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: self._info(name, item) for name, item in slices.items()}
+
+    def _info(self, name: str, item: Any) -> TensorInfo:
+        code = item.get_dtype()
+        if code not in DTYPE_NAMES:
+            raise CheckpointError(
+                f"{self.path}: the tensor {name} has dtype {code}, which is not read; "
+                f"known: {', '.join(DTYPE_NAMES)}."
+            )
+        return TensorInfo(tuple(item.get_shape()), DTYPE_NAMES[code], self.path.name)
+
+
+def _open(path: Path, framework: str) -> Any:
+    try:
+        return safe_open(path, framework)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing; copy the whole checkpoint again.") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file ({error}); copy it again."
+        ) from error

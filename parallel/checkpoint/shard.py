@@ -1,0 +1,73 @@
+"""One tensor from its source to one rank: read, quantized if the layout says so, cut."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from parallel.checkpoint.layout import SCALE_SUFFIX, Layout
+from parallel.checkpoint.source import Source
+from parallel.errors import CheckpointError
+from parallel.model.placements import Row
+from parallel.placement import Index
+from quant.methods.rtn import round_to_nearest
+from quant.weight import QuantizedWeight, Weight
+
+
+def read_weight(layout: Layout, source: Source, row: Row, index: Index) -> Weight:
+    """A slice of one tensor as the layout wants it.
+
+    A weight that is quantized here is read by whole rows, whatever the slice: the scale of a
+    row-parallel weight is that of the whole row, so the integers are the same at every size.
+
+    Raises:
+        CheckpointError: the weight holds an infinity or a NaN, and must be quantized.
+    """
+    if row.name not in layout.quantized:
+        return source.read(_source_name(source, row), index)
+    if row.name + SCALE_SUFFIX in source.tensors:
+        scale_N = source.read(row.name + SCALE_SUFFIX, (index[0], slice(0, 1)))
+        return QuantizedWeight(source.read(row.name, index), scale_N)
+    return _quantize(layout, source, row, index)
+
+
+def load_rank(
+    layout: Layout, source: Source, rank: int, size: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, Weight]:
+    """This rank's slice of every tensor, by checkpoint name, floats in the compute dtype."""
+    return {
+        row.name: _place(
+            read_weight(layout, source, row, row.index(rank, size)), dtype, device
+        )
+        for row in layout.table.values()
+    }
+
+
+def weight_parts(row: Row, weight: Weight) -> dict[str, Tensor]:
+    """A weight as it is stored: name -> tensor."""
+    if isinstance(weight, QuantizedWeight):
+        return {row.name: weight.values_NK, row.name + SCALE_SUFFIX: weight.scale_N}
+    return {row.name: weight}
+
+
+def _source_name(source: Source, row: Row) -> str:
+    return row.name if row.twin is None or row.name in source.tensors else row.twin
+
+
+def _quantize(layout: Layout, source: Source, row: Row, index: Index) -> QuantizedWeight:
+    name = _source_name(source, row)
+    whole_rows = (index[0], slice(0, row.shape[1]))
+    try:
+        full = round_to_nearest(source.read(name, whole_rows), layout.scheme)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{source.path}: {name} cannot be quantized, {error}; name its module in "
+            "quant.modules_to_not_convert, or download it again."
+        ) from error
+    return QuantizedWeight(full.values_NK[:, index[1]].contiguous(), full.scale_N)
+
+
+def _place(weight: Weight, dtype: torch.dtype, device: torch.device) -> Weight:
+    if isinstance(weight, QuantizedWeight):
+        return weight.to(device)
+    return weight.to(device=device, dtype=dtype)

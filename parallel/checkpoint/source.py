@@ -1,0 +1,42 @@
+"""Source: what a checkpoint's reader offers, whatever the format on disk. Needs no torch to open."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from parallel.placement import Index, Shape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DTYPE_NAMES: Mapping[str, str] = {
+    "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8",
+}  # fmt: skip
+DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a file's header says of a tensor. `dtype` is a torch name such as `bfloat16`."""
+
+    shape: Shape
+    dtype: str
+    file: str
+
+
+class Source(Protocol):
+    """A checkpoint whose names, shapes and dtypes are known before any data is read."""
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+
+    def read(self, name: str, index: Index) -> Tensor:
+        """The given slice of a tensor, in its stored dtype, on the CPU."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What the files are, without host, time or absolute path: names, sizes, header hashes."""
+        ...

@@ -1,0 +1,271 @@
+"""Group: the ranks of one tensor-parallel job, and the collectives between them.
+
+A group is handed to whoever needs it; there is no global rank or size. Four kinds:
+
+    TorchGroup      one process a rank, over torch.distributed (gloo on CPUs, NCCL on GPUs)
+    LoneGroup       one rank; every collective is the identity
+    ThreadGroup     n ranks as n threads of this process, with real results
+    SimulatedGroup  one rank of a larger job, alone: shapes and sizes are right, values are not
+
+This module is the only one that imports torch.distributed, beside the worker's start-up.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.errors import PeerError
+
+T = TypeVar("T")
+
+
+class Group(ABC):
+    """Rank, size, and collectives. Every rank must call the same collectives in the same order.
+
+    Attributes:
+        rank: this rank, 0 <= rank < size.
+        size: number of ranks.
+        counts: how many times each collective was called, by name.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        assert 0 <= rank < size, (rank, size)
+        self.rank = rank
+        self.size = size
+        self.counts: Counter[str] = Counter()
+
+    def all_reduce(self, x: Tensor, op: str = "sum") -> Tensor:
+        """The sum (or "max") of x over the ranks, the same bits on every rank. May overwrite x."""
+        return self._counted("all_reduce", lambda: self._all_reduce(x, op))
+
+    def all_gather(self, x: Tensor) -> list[Tensor]:
+        """Every rank's x, in rank order; the shapes must be equal."""
+        return self._counted("all_gather", lambda: self._all_gather(x))
+
+    def gather(self, x: Tensor) -> list[Tensor] | None:
+        """Every rank's x in rank order on rank 0, None elsewhere; the shapes must be equal."""
+        return self._counted("gather", lambda: self._gather(x))
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        """This rank's part, along dim 0, of the sum of x over the ranks."""
+        assert x.shape[0] % self.size == 0, (x.shape, self.size)
+        return self._counted("reduce_scatter", lambda: self._reduce_scatter(x))
+
+    def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
+        """The source rank's x. May overwrite x."""
+        return self._counted("broadcast", lambda: self._broadcast(x, source))
+
+    def send(self, x: Tensor, destination: int) -> None:
+        self._counted("send", lambda: self._send(x, destination))
+
+    def recv(self, x: Tensor, source: int) -> Tensor:
+        """Fill x with what the source rank sent."""
+        return self._counted("recv", lambda: self._recv(x, source))
+
+    def barrier(self) -> None:
+        """Return once every rank has called it."""
+        self._counted("barrier", self._barrier)
+
+    def _counted(self, name: str, collective: Callable[[], T]) -> T:
+        self.counts[name] += 1
+        return collective()
+
+    @abstractmethod
+    def _all_reduce(self, x: Tensor, op: str) -> Tensor: ...
+
+    @abstractmethod
+    def _all_gather(self, x: Tensor) -> list[Tensor]: ...
+
+    @abstractmethod
+    def _send(self, x: Tensor, destination: int) -> None: ...
+
+    @abstractmethod
+    def _recv(self, x: Tensor, source: int) -> Tensor: ...
+
+    def _gather(self, x: Tensor) -> list[Tensor] | None:
+        parts = self._all_gather(x)
+        return parts if self.rank == 0 else None
+
+    def _reduce_scatter(self, x: Tensor) -> Tensor:
+        return self._all_reduce(x, "sum").chunk(self.size)[self.rank]
+
+    def _broadcast(self, x: Tensor, source: int) -> Tensor:
+        return self._all_gather(x)[source]
+
+    def _barrier(self) -> None:
+        self._all_gather(torch.zeros(1))
+
+
+class LoneGroup(Group):
+    """A group of one rank."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 1)
+
+    def _all_reduce(self, x: Tensor, op: str) -> Tensor:  # noqa: ARG002
+        return x
+
+    def _all_gather(self, x: Tensor) -> list[Tensor]:
+        return [x]
+
+    def _send(self, x: Tensor, destination: int) -> None:
+        raise AssertionError("a group of one rank has nobody to send to")
+
+    def _recv(self, x: Tensor, source: int) -> Tensor:
+        raise AssertionError("a group of one rank has nobody to receive from")
+
+
+class TorchGroup(Group):
+    """The ranks of the default process group of torch.distributed.
+
+    Args:
+        describe_failure: called when a collective breaks; names the rank that is gone or stuck.
+
+    Raises:
+        PeerError: from a collective, when another rank is gone or the deadline passes.
+    """
+
+    def __init__(self, describe_failure: Callable[[str], str] = str) -> None:
+        super().__init__(dist.get_rank(), dist.get_world_size())
+        self._describe_failure = describe_failure
+
+    def _counted(self, name: str, collective: Callable[[], T]) -> T:
+        self.counts[name] += 1
+        try:
+            return collective()
+        except (dist.DistError, RuntimeError) as error:
+            call = f"{name} number {self.counts[name]}"
+            raise PeerError(self._describe_failure(call)) from error
+
+    def _all_reduce(self, x: Tensor, op: str) -> Tensor:
+        x = x.contiguous()
+        dist.all_reduce(x, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op])
+        return x
+
+    def _all_gather(self, x: Tensor) -> list[Tensor]:
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous())
+        return parts
+
+    def _gather(self, x: Tensor) -> list[Tensor] | None:
+        parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else None
+        dist.gather(x.contiguous(), parts, dst=0)
+        return parts
+
+    def _broadcast(self, x: Tensor, source: int) -> Tensor:
+        x = x.contiguous()
+        dist.broadcast(x, source)
+        return x
+
+    def _send(self, x: Tensor, destination: int) -> None:
+        dist.send(x.contiguous(), destination)
+
+    def _recv(self, x: Tensor, source: int) -> Tensor:
+        dist.recv(x, source)
+        return x
+
+    def _barrier(self) -> None:
+        dist.barrier()
+
+
+class _Meeting:
+    """Where the threads of a ThreadGroup lay down their tensors and pick up the others'."""
+
+    def __init__(self, size: int, timeout_s: float) -> None:
+        self.slots: list[Tensor | None] = [None] * size
+        self.mailboxes: dict[tuple[int, int], Tensor] = {}
+        self.mail = threading.Condition()
+        self.barrier = threading.Barrier(size, timeout=timeout_s)
+        self.timeout_s = timeout_s
+
+    def exchange(self, rank: int, x: Tensor) -> list[Tensor]:
+        self.slots[rank] = x.clone()
+        self.barrier.wait()
+        parts = [part for part in self.slots if part is not None]
+        self.barrier.wait()
+        return [part.clone() for part in parts]
+
+
+class ThreadGroup(Group):
+    """One of n ranks that live as threads of one process; sums are added in rank order.
+
+    `ThreadGroup.run(n, function)` calls function(group) on n threads and returns the n results.
+    """
+
+    def __init__(self, rank: int, size: int, meeting: _Meeting) -> None:
+        super().__init__(rank, size)
+        self._meeting = meeting
+
+    @staticmethod
+    def run(size: int, function: Callable[[Group], T], timeout_s: float = 120) -> list[T]:
+        """Call function(group) once for each rank; raises the first rank's exception that has one."""
+        meeting = _Meeting(size, timeout_s)
+        results: list[T | None] = [None] * size
+        errors: list[BaseException] = []
+
+        def run_rank(rank: int) -> None:
+            try:
+                results[rank] = function(ThreadGroup(rank, size, meeting))
+            except BaseException as error:
+                errors.append(error)
+                meeting.barrier.abort()
+
+        threads = [threading.Thread(target=run_rank, args=(rank,)) for rank in range(size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+        return results  # type: ignore[return-value]  # no error: every rank has left a result
+
+    def _all_reduce(self, x: Tensor, op: str) -> Tensor:
+        return _reduced(self._meeting.exchange(self.rank, x), op)
+
+    def _all_gather(self, x: Tensor) -> list[Tensor]:
+        return self._meeting.exchange(self.rank, x)
+
+    def _send(self, x: Tensor, destination: int) -> None:
+        with self._meeting.mail:
+            self._meeting.mailboxes[self.rank, destination] = x.clone()
+            self._meeting.mail.notify_all()
+
+    def _recv(self, x: Tensor, source: int) -> Tensor:
+        boxes, key = self._meeting.mailboxes, (source, self.rank)
+        with self._meeting.mail:
+            if not self._meeting.mail.wait_for(lambda: key in boxes, self._meeting.timeout_s):
+                raise PeerError(f"rank {source} sent nothing to rank {self.rank}")
+            return x.copy_(boxes.pop(key))
+
+
+def _reduced(parts: Sequence[Tensor], op: str) -> Tensor:
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total = total + part if op == "sum" else torch.maximum(total, part)
+    return total
+
+
+class SimulatedGroup(Group):
+    """One rank of a larger job without the others: every collective returns this rank's own values.
+
+    For the memory, the plan and the speed of a rank; the text it produces means nothing.
+    """
+
+    def _all_reduce(self, x: Tensor, op: str) -> Tensor:  # noqa: ARG002
+        return x
+
+    def _all_gather(self, x: Tensor) -> list[Tensor]:
+        return [x] * self.size
+
+    def _send(self, x: Tensor, destination: int) -> None: ...
+
+    def _recv(self, x: Tensor, source: int) -> Tensor:  # noqa: ARG002
+        return x

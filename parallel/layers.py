@@ -1,0 +1,99 @@
+"""Column-, row- and vocab-parallel layers; each is handed its group.
+
+Shapes: M rows (tokens), K in_features, N out_features, V vocabulary, D hidden. `local_` is one
+rank's part. After Megatron-LM (Shoeybi et al., 2019): a column-parallel layer needs no collective,
+the row-parallel layer that follows it needs one all-reduce.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from parallel.group import Group
+from quant.linear import linear
+from quant.weight import Weight
+
+
+@dataclass(frozen=True)
+class ColumnParallelLinear:
+    """`x @ W.T + b`, cut along out_features: [M, K] -> local [M, N / size]."""
+
+    local_weight: Weight
+    local_bias: Tensor | None = None
+
+    def __call__(self, x_MK: Tensor) -> Tensor:
+        return linear(x_MK, self.local_weight, self.local_bias)
+
+
+@dataclass(frozen=True)
+class RowParallelLinear:
+    """`x @ W.T + b`, cut along in_features: local [M, K / size] -> [M, N] on every rank.
+
+    Partial sums leave the rank in float32 and the bias is added once, after the reduction.
+    """
+
+    local_weight: Weight
+    bias: Tensor | None
+    group: Group
+
+    def __call__(self, local_x_MK: Tensor) -> Tensor:
+        if self.group.size == 1:
+            return linear(local_x_MK, self.local_weight, self.bias)
+        partial_MN = linear(local_x_MK, self.local_weight, wide=True)
+        full_MN = self.group.all_reduce(partial_MN)
+        if self.bias is not None:
+            full_MN = full_MN + self.bias
+        return full_MN.to(local_x_MK.dtype)
+
+
+@dataclass(frozen=True)
+class VocabParallelEmbedding:
+    """Rows of the embedding, cut along the vocabulary or whole on every rank.
+
+    Args:
+        local_weight: [local V, D].
+        start: the token id of the first local row.
+        group: None where the embedding is whole on every rank: no collective then.
+    """
+
+    local_weight: Tensor
+    start: int
+    group: Group | None
+
+    def __call__(self, token_ids_M: Tensor) -> Tensor:
+        if self.group is None or self.group.size == 1:
+            return F.embedding(token_ids_M, self.local_weight)
+        local_ids_M = token_ids_M - self.start
+        inside_M = (local_ids_M >= 0) & (local_ids_M < self.local_weight.shape[0])
+        rows_MD = F.embedding(local_ids_M.where(inside_M, 0), self.local_weight)
+        # One rank adds the row, the others add zeros: exact in any dtype.
+        return self.group.all_reduce(rows_MD * inside_M.unsqueeze(-1))
+
+
+@dataclass(frozen=True)
+class VocabParallelHead:
+    """Logits over a vocabulary that is cut over the ranks; whole on rank 0, which samples.
+
+    Args:
+        local_weight: [local V, D].
+        local_sizes: how many token ids each rank holds, in rank order.
+    """
+
+    local_weight: Weight
+    local_sizes: tuple[int, ...]
+    group: Group
+
+    def __call__(self, x_MD: Tensor) -> Tensor | None:
+        """float32 logits [M, V] on rank 0, None elsewhere."""
+        local_MV = linear(x_MD, self.local_weight).float()
+        widest = max(self.local_sizes)
+        parts = self.group.gather(F.pad(local_MV, (0, widest - local_MV.shape[1])))
+        if parts is None:
+            return None
+        return torch.cat(
+            [part[:, :size] for part, size in zip(parts, self.local_sizes, strict=True)], dim=1
+        )

@@ -1,0 +1,1 @@
+"""The decoder: its configuration, the placement of its tensors, and its step."""

@@ -1,0 +1,200 @@
+"""ModelConfig: what `config.json` says of a model, checked. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from parallel.errors import ModelError
+from parallel.model.families import FAMILIES, Family
+from parallel.model.rope_scaling import RopeScaling, parse_rope_scaling
+
+_DTYPES = {"float32", "float16", "bfloat16"}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only model of the Llama family; the names are those of `config.json`."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    dtype: str
+    eos_token_ids: tuple[int, ...]
+
+    @classmethod
+    def from_hf(cls, values: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
+        """Read the contents of a Hugging Face `config.json`.
+
+        Args:
+            values: the parsed JSON object; transformers 4 and 5 forms are both read.
+            source: what to call the file in an error.
+
+        Raises:
+            ModelError: an unknown architecture, a missing or impossible value, or a
+                `quantization_config` of a method that is not read.
+        """
+        return _Reader(values, source).read()
+
+    def check_tp(self, tp: int) -> None:
+        """Raise ModelError unless the heads can be dealt out to `tp` ranks."""
+        if tp in (valid := self.valid_tp_sizes()):
+            return
+        raise ModelError(
+            f"`parallel.tp` must divide num_attention_heads ({self.num_attention_heads}), and divide "
+            f"or be divided by num_key_value_heads ({self.num_key_value_heads}), but is {tp}; "
+            f"valid sizes: {', '.join(map(str, valid))}."
+        )
+
+    def valid_tp_sizes(self) -> tuple[int, ...]:
+        """The tensor-parallel sizes this model can be split by."""
+        kv = self.num_key_value_heads
+        sizes = range(1, self.num_attention_heads + 1)
+        return tuple(
+            tp
+            for tp in sizes
+            if self.num_attention_heads % tp == 0 and (kv % tp == 0 or tp % kv == 0)
+        )
+
+
+class _Reader:
+    """Takes values out of a config.json; each `_get` is one check with one sentence."""
+
+    def __init__(self, values: Mapping[str, Any], source: str) -> None:
+        self.values = values
+        self.source = source
+
+    def read(self) -> ModelConfig:
+        self._refuse_quantized()
+        name, family = self._family()
+        self._refuse_unsupported(family)
+        hidden, heads = self._positive("hidden_size"), self._positive("num_attention_heads")
+        kv_heads = self._positive("num_key_value_heads", heads)
+        if heads % kv_heads:
+            raise self._error("num_key_value_heads", f"must divide {heads} heads", kv_heads)
+        rope_theta, rope_scaling = self._rope()
+        return ModelConfig(
+            architecture=name,
+            vocab_size=self._positive("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=self._positive("intermediate_size"),
+            num_hidden_layers=self._positive("num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=self._head_dim(hidden, heads),
+            max_position_embeddings=self._positive("max_position_embeddings", 2048),
+            rms_norm_eps=self._number("rms_norm_eps", 1e-6),
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
+            tie_word_embeddings=self._bool("tie_word_embeddings", False),
+            qkv_bias=self._bias(family.qkv_bias, "attention_bias"),
+            o_bias=self._bias(family.o_bias, "attention_bias"),
+            mlp_bias=self._bias(family.mlp_bias, "mlp_bias"),
+            dtype=self._dtype(),
+            eos_token_ids=token_ids(self.values.get("eos_token_id"), self.source),
+        )
+
+    def _family(self) -> tuple[str, Family]:
+        names = self.values.get("architectures") or ["(none)"]
+        if not isinstance(names, list) or names[0] not in FAMILIES:
+            shown = names[0] if isinstance(names, list) else names
+            raise self._error("architectures", f"must be one of {', '.join(FAMILIES)}", shown)
+        return names[0], FAMILIES[names[0]]
+
+    def _refuse_quantized(self) -> None:
+        quantization = self.values.get("quantization_config")
+        if quantization is None:
+            return
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise ModelError(
+            f"{self.source} has a quantization_config of method {method!r}, which is not read; "
+            "give the unquantized checkpoint and quantize it with quant=rtn_a16w8."
+        )
+
+    def _refuse_unsupported(self, family: Family) -> None:
+        activation = self.values.get("hidden_act", "silu")
+        if activation != "silu":
+            raise self._error("hidden_act", "must be silu", activation)
+        self._refuse_sliding_window(family)
+
+    def _refuse_sliding_window(self, family: Family) -> None:
+        window = self.values.get("sliding_window")
+        key = family.sliding_window_key
+        if window is None or (key and not self.values.get(key, False)):
+            return
+        context = self._positive("max_position_embeddings", 2048)
+        if isinstance(window, int) and window < context:
+            raise self._error("sliding_window", f"must be null or at least {context}", window)
+
+    def _rope(self) -> tuple[float, RopeScaling | None]:
+        """transformers 5 keeps theta and scaling together under `rope_parameters`."""
+        together = self.values.get("rope_parameters")
+        if isinstance(together, dict):
+            theta = together.get("rope_theta", 10000.0)
+            return float(theta), parse_rope_scaling(together, self.source)
+        scaling = parse_rope_scaling(self.values.get("rope_scaling"), self.source)
+        return self._number("rope_theta", 10000.0), scaling
+
+    def _head_dim(self, hidden: int, heads: int) -> int:
+        if self.values.get("head_dim") is None and hidden % heads:
+            raise self._error("hidden_size", f"must be a multiple of {heads} heads", hidden)
+        head_dim = self._positive("head_dim", hidden // heads)
+        if head_dim % 2:
+            raise self._error("head_dim", "must be even", head_dim)
+        return head_dim
+
+    def _bias(self, fixed: bool | None, key: str) -> bool:
+        return self._bool(key, False) if fixed is None else fixed
+
+    def _dtype(self) -> str:
+        name = self.values.get("dtype") or self.values.get("torch_dtype") or "float32"
+        if name not in _DTYPES:
+            raise self._error("torch_dtype", f"must be one of {', '.join(sorted(_DTYPES))}", name)
+        return str(name)
+
+    def _positive(self, key: str, default: int | None = None) -> int:
+        value = self.values.get(key)
+        value = default if value is None else value
+        if type(value) is not int or value < 1:
+            raise self._error(key, "must be a positive integer", value)
+        return value
+
+    def _number(self, key: str, default: float) -> float:
+        value = self.values.get(key)
+        value = default if value is None else value
+        if type(value) not in (int, float) or not 0 < value < float("inf"):
+            raise self._error(key, "must be a positive number", value)
+        return float(value)
+
+    def _bool(self, key: str, default: bool) -> bool:
+        value = self.values.get(key, default)
+        if type(value) is not bool:
+            raise self._error(key, "must be true or false", value)
+        return value
+
+    def _error(self, key: str, rule: str, value: object) -> ModelError:
+        return ModelError(f"{self.source}: {key} {rule}, but is {value!r}.")
+
+
+def token_ids(value: object, source: str) -> tuple[int, ...]:
+    """`eos_token_id` as it stands in JSON: null, a number, or a list of numbers (Llama 3)."""
+    if value is None:
+        return ()
+    ids = value if isinstance(value, list) else [value]
+    if not all(type(item) is int and item >= 0 for item in ids):
+        raise ModelError(f"{source}: eos_token_id must be a token id or a list, but is {value!r}.")
+    return tuple(ids)

@@ -1,0 +1,52 @@
+"""How a checkpoint stretches its rotary positions: `rope_scaling` of `config.json`. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from parallel.errors import ModelError
+
+_KINDS = ("linear", "llama3")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """`linear` (positions divided by factor) or `llama3` (low frequencies divided by factor)."""
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    original_max_position_embeddings: int = 0
+
+
+def parse_rope_scaling(value: object, source: str) -> RopeScaling | None:
+    """Read `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5).
+
+    Raises:
+        ModelError: a kind that is not known, or a number that is missing.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise ModelError(f"{source}: rope_scaling must be an object or null, but is {value!r}.")
+    kind = value.get("rope_type", value.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind not in _KINDS:
+        raise ModelError(
+            f"{source}: the rope_type of rope_scaling must be one of default, {', '.join(_KINDS)}, "
+            f"but is {kind!r}."
+        )
+    keys = ["factor"] if kind == "linear" else _LLAMA3_KEYS
+    return RopeScaling(kind, **{key: _number(value, key, source) for key in keys})  # type: ignore[arg-type]
+
+
+_LLAMA3_KEYS = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+
+
+def _number(value: dict[str, object], key: str, source: str) -> float:
+    number = value.get(key)
+    if not isinstance(number, int | float) or isinstance(number, bool) or number <= 0:
+        raise ModelError(f"{source}: rope_scaling.{key} must be a number above 0, but is {number!r}.")
+    return number

@@ -1,0 +1,1 @@
+"""Inside one tensor: quantization schemes, their arithmetic and their kernels. Imports torch only."""

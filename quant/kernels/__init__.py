@@ -1,0 +1,1 @@
+"""The products of activations with quantized weights, one file a path."""

@@ -1,0 +1,38 @@
+"""linear(x, weight, bias): the one place that asks what a weight is."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quant.kernels import reference
+from quant.weight import QuantizedWeight, Weight
+
+
+def linear(
+    x_MK: Tensor, weight: Weight, bias_N: Tensor | None = None, *, wide: bool = False
+) -> Tensor:
+    """`x @ weight.T + bias`.
+
+    Args:
+        x_MK: [rows, in_features], the compute dtype.
+        weight: [out_features, in_features], a tensor or a QuantizedWeight.
+        bias_N: [out_features] or None.
+        wide: return float32 sums that were not rounded to 16 bits; partial sums of a row-parallel
+            layer travel that way, so that the text does not depend on the number of ranks.
+
+    Returns:
+        [rows, out_features], x's dtype, or float32 if wide.
+    """
+    out_dtype = torch.float32 if wide else x_MK.dtype
+    out_MN = _product(x_MK, weight, out_dtype)
+    return out_MN if bias_N is None else out_MN.add_(bias_N)
+
+
+def _product(x_MK: Tensor, weight: Weight, out_dtype: torch.dtype) -> Tensor:
+    if isinstance(weight, QuantizedWeight):
+        return reference.linear_w8a16(x_MK, weight, out_dtype)
+    if out_dtype != x_MK.dtype:
+        return reference.linear_wide(x_MK, weight, out_dtype)
+    return F.linear(x_MK, weight)
