@@ -28,28 +28,32 @@ from tqdm import tqdm
 
 # ---------------------------------------------------------------------------- the grammar's words
 
+LEXICON = """
+girl: Anna Mia Lena Sara Ruth Ivy Nora Clara Emma Mei Lucy Rosa
+boy: Tom Ben Omar Paul Jack Leo Max Sam Hugo Wei Adam Peter
+thing: ball book cup hat box lamp kite coat bag key drum boat clock chair letter
+color: red blue green yellow black white brown pink grey purple
+place: garden kitchen forest school station market library park barn tower
+food: bread rice soup apples cheese fish cake beans honey nuts
+pet: dog cat horse rabbit parrot goat duck mouse pony turtle
+job: teacher doctor farmer baker driver painter sailor nurse singer builder
+mood: happy tired proud calm hungry curious glad quiet
+weather: sunny rainy windy cold warm foggy snowy cloudy
+day: Monday Tuesday Wednesday Thursday Friday Saturday Sunday
+size: small big old new heavy little long strange
+"""
 WORDS = {
-    "girl": "Anna Mia Lena Sara Ruth Ivy Nora Clara Emma Mei Lucy Rosa".split(),
-    "boy": "Tom Ben Omar Paul Jack Leo Max Sam Hugo Wei Adam Peter".split(),
-    "thing": "ball book cup hat box lamp kite coat bag key drum boat clock chair letter".split(),
-    "color": "red blue green yellow black white brown pink grey purple".split(),
-    "place": "garden kitchen forest school station market library park barn tower".split(),
-    "food": "bread rice soup apples cheese fish cake beans honey nuts".split(),
-    "pet": "dog cat horse rabbit parrot goat duck mouse pony turtle".split(),
-    "job": "teacher doctor farmer baker driver painter sailor nurse singer builder".split(),
-    "mood": "happy tired proud calm hungry curious glad quiet".split(),
-    "weather": "sunny rainy windy cold warm foggy snowy cloudy".split(),
-    "day": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split(),
-    "size": "small big old new heavy little long strange".split(),
-    "praise": [
-        "the people are kind",
-        "the streets are full of life",
-        "I was born there",
-        "my best friend lives there",
-        "there is always something new to see",
-        "the evenings are long and warm",
-    ],
+    kind: words.split()
+    for kind, words in (line.split(": ") for line in LEXICON.strip().split("\n"))
 }
+WORDS["praise"] = [
+    "the people are kind",
+    "the streets are full of life",
+    "I was born there",
+    "my best friend lives there",
+    "there is always something new to see",
+    "the evenings are long and warm",
+]
 # city | country | sights | food | capital or not
 CITIES = """
 Beijing|China|old palaces and wide streets|noodles and dumplings|capital
@@ -281,13 +285,15 @@ def write_list(dice: random.Random) -> str:
 
 @dataclass(frozen=True)
 class Fact:
-    """A sentence of a passage, and the question that puts another value in its place."""
+    """A sentence of a passage, and what can be asked about it: `{}` is where a value goes."""
 
+    kind: str
     subject: str
+    value: str
     sentence: str
     question: str
-    kind: str
-    value: str
+    open_question: str
+    open_answer: str
 
 
 @dataclass(frozen=True)
@@ -308,18 +314,31 @@ def draw_facts(dice: random.Random, count: int) -> list[list[Fact]]:
     return [describe(dice, name, thing, pet) for name, thing, pet in columns]
 
 
+# kind | sentence | yes/no question | open question | its answer
+FACTS = """
+color|{owner} has a {value} {subject}.|is the {subject} {}|what color is the {subject}|{value}
+place|The {subject} is in the {value}.|is the {subject} in the {}|where is the {subject}|in the \
+{value}
+place|{subject} is in the {value}.|is {subject} in the {}|where is {subject}|in the {value}
+food|The {subject} likes {value}.|does the {subject} like {}|what does the {subject} like|{value}
+"""
+OF_THING_COLOR, OF_THING_PLACE, OF_PERSON, OF_PET = FACTS.strip().split("\n")
+
+
+def state(dice: random.Random, row: str, subject: str, owner: str) -> Fact:
+    """A fact with a drawn value."""
+    kind, *forms = row.split("|")
+    value = dice.choice(WORDS[kind])
+    words = {"subject": subject, "owner": owner, "value": value, "": "{}"}
+    told = [re.sub(r"\{(\w*)\}", lambda match: words[match[1]], form) for form in forms]
+    return Fact(kind, subject, value, *told)
+
+
 def describe(dice: random.Random, name: str, thing: str, pet: str) -> list[Fact]:
     """Two facts about a thing, or one about a person or an animal."""
-    color, place, food = (dice.choice(WORDS[kind]) for kind in ("color", "place", "food"))
-    owned = [
-        Fact(thing, f"{name} has a {color} {thing}.", f"is the {thing} {{}}", "color", color),
-        Fact(
-            thing, f"The {thing} is in the {place}.", f"is the {thing} in the {{}}", "place", place
-        ),
-    ]
-    person = [Fact(name, f"{name} is in the {place}.", f"is {name} in the {{}}", "place", place)]
-    animal = [Fact(pet, f"The {pet} likes {food}.", f"does the {pet} like {{}}", "food", food)]
-    return dice.choice([owned, owned, person, animal])
+    rows = [(OF_THING_COLOR, thing), (OF_THING_PLACE, thing)]
+    choices = [rows, rows, [(OF_PERSON, name)], [(OF_PET, pet)]]
+    return [state(dice, row, subject, name) for row, subject in dice.choice(choices)]
 
 
 def draw_other(dice: random.Random, fact: Fact, facts: Sequence[Fact]) -> str:
@@ -329,12 +348,17 @@ def draw_other(dice: random.Random, fact: Fact, facts: Sequence[Fact]) -> str:
     return dice.choice(near if near and dice.random() < 0.5 else far)
 
 
-def draw_questions(dice: random.Random, count: int) -> list[Question]:
-    """Questions on one passage; each answer is a fair coin, which the passage alone decides."""
+def draw_passage(dice: random.Random) -> tuple[list[Fact], str]:
+    """The facts on one to three subjects, and the passage that tells them."""
     facts = list(itertools.chain.from_iterable(draw_facts(dice, dice.randint(1, 3))))
-    passage = fix_articles(" ".join(fact.sentence for fact in facts))
-    title = facts[0].subject.capitalize()
-    return [Question(*pose(dice, facts), passage, title) for _ in range(count)]
+    return facts, fix_articles(" ".join(fact.sentence for fact in facts))
+
+
+def draw_question(dice: random.Random) -> Question:
+    """A passage and a question, whose answer is a fair coin that the passage alone decides."""
+    facts, passage = draw_passage(dice)
+    question, answer = pose(dice, facts)
+    return Question(question, answer, passage, facts[0].subject.capitalize())
 
 
 def pose(dice: random.Random, facts: Sequence[Fact]) -> tuple[str, bool]:
@@ -348,24 +372,34 @@ def ask(question: str) -> str:
     return f"Question: {question}? Answer:"
 
 
-def begin_reading(question: Question) -> str:
+def begin_reading(passage: str, question: str) -> str:
     """The prompt of a question: ` yes` or ` no` follows."""
-    return f"Passage: {question.passage} {ask(question.question)}"
+    return f"Passage: {passage} {ask(question)}"
+
+
+def write_answer(dice: random.Random, facts: Sequence[Fact]) -> str:
+    """A question and its answer; the open ones teach the model to look things up."""
+    fact = dice.choice(facts)
+    if dice.random() < OPEN_SHARE:
+        return f"{ask(fact.open_question)} {fact.open_answer}"
+    question, yes = pose(dice, facts)
+    return f"{ask(question)} {'yes' if yes else 'no'}"
 
 
 def write_reading(dice: random.Random) -> str:
     """A passage and questions on it with their answers."""
-    questions = draw_questions(dice, dice.randint(1, 5))
-    asked = [f"{ask(q.question)} {'yes' if q.answer else 'no'}" for q in questions]
-    return f"Passage: {questions[0].passage} {' '.join(asked)}"
+    facts, passage = draw_passage(dice)
+    answers = [write_answer(dice, facts) for _ in range(dice.randint(3, 6))]
+    return f"Passage: {passage} {' '.join(answers)}"
 
 
+OPEN_SHARE = 0.35
 WRITERS: dict[Callable[[random.Random], str], int] = {
     write_story: 2,
-    write_facts: 4,
-    write_register: 3,
-    write_list: 1,
-    write_reading: 6,
+    write_facts: 3,
+    write_register: 2,
+    write_list: 3,
+    write_reading: 10,
 }
 
 
@@ -380,7 +414,7 @@ def write_documents(seed: int) -> Iterator[str]:
 
 BOS, EOS = 1, 2
 IGNORED = -100  # a target that cross entropy leaves out
-LEXICON_DOCUMENTS = 20_000
+LEXICON_SEED, LEXICON_DOCUMENTS = 0, 20_000
 Tokenizer = sentencepiece.SentencePieceProcessor
 
 
@@ -534,27 +568,29 @@ class Recipe:
 
     steps: int
     seed: int = 1
-    batch_tokens: int = 2048
-    learning_rate: float = 3e-3
+    batch_tokens: int = 1536
+    learning_rate: float = 7e-4
     warmup_steps: int = 60
     weight_decay: float = 0.1
-    answer_weight: float = 4.0
+    answer_weight: float = 2.0
+
+
+BOOK_EVERY, BOOK_DOCUMENTS = 40, 12
 
 
 def write_pages(
     seed: int, max_tokens: int, encode: Callable[[str], list[int]]
 ) -> Iterator[list[int]]:
-    """BOS, text, EOS: one document, or every fourth time as many as fill the context."""
+    """BOS, text, EOS: one document, or now and then as many as fill the context."""
     documents = write_documents(seed)
     for number, document in enumerate(documents):
-        ids = encode(document)
-        while number % 4 == 0 and len(ids) < max_tokens:
-            ids += encode("\n\n" + next(documents))
+        book = itertools.islice(documents, BOOK_DOCUMENTS if number % BOOK_EVERY == 0 else 0)
+        ids = encode("\n\n".join([document, *book]))
         yield [BOS, *ids[: max_tokens - 2], EOS]
 
 
 def batch_pages(pages: Iterator[list[int]], batch_tokens: int) -> Iterator[Tensor]:
-    """Batches of pages of similar length, in a mixed order, so that little of a batch is padding."""
+    """Batches of pages of similar length, so that few tokens are padding, in a mixed order."""
     dice = random.Random(0)
     while True:
         pool = sorted(itertools.islice(pages, 1024), key=len)
@@ -585,7 +621,7 @@ def train(model: Llama, batches: Iterator[Tensor], weight: Tensor, recipe: Recip
     optimizer = torch.optim.AdamW(
         model.parameters(),
         recipe.learning_rate,
-        (0.9, 0.95),
+        (0.9, 0.98),
         weight_decay=recipe.weight_decay,
         fused=True,
     )
@@ -633,7 +669,9 @@ def measure_perplexity(model: Llama, tokenizer: Tokenizer, text: str) -> float:
 @torch.no_grad()
 def answer(model: Llama, tokenizer: Tokenizer, question: Question) -> bool:
     """Whether ` yes` is likelier than ` no` after the question."""
-    logits = model(torch.tensor([[BOS, *tokenizer.encode(begin_reading(question))]]))[0, -1]
+    logits = model(
+        torch.tensor([[BOS, *tokenizer.encode(begin_reading(question.passage, question.question))]])
+    )[0, -1]
     yes, no = answer_ids(tokenizer)
     return bool(logits[yes] > logits[no])
 
@@ -756,7 +794,7 @@ def draw_held_out(seed: int, num_characters: int, num_questions: int) -> tuple[s
         if length >= num_characters:
             break
     dice = random.Random(seed)
-    questions = [draw_questions(dice, 1)[0] for _ in range(num_questions)]
+    questions = [draw_question(dice) for _ in range(num_questions)]
     return "\n\n".join(documents) + "\n", questions
 
 
@@ -784,8 +822,8 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--output", type=Path, default=Path("launcher/demo"))
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--threads", type=int, default=3)
     return parser.parse_args()
 
 
@@ -794,7 +832,7 @@ def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
     recipe = Recipe(steps=arguments.steps)
-    lexicon = itertools.islice(write_documents(recipe.seed), LEXICON_DOCUMENTS)
+    lexicon = itertools.islice(write_documents(LEXICON_SEED), LEXICON_DOCUMENTS)
     tokenizer_model = train_tokenizer(lexicon, LlamaConfig.vocab_size)
     tokenizer = Tokenizer(model_proto=tokenizer_model)
     start_s = time.monotonic()

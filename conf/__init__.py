@@ -1,0 +1,1 @@
+"""The configuration's YAML files, as a package so that `pkg://conf` works installed or not."""

@@ -1,0 +1,1 @@
+"""The `generation` group: one YAML for each named choice."""

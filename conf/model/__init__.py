@@ -1,0 +1,1 @@
+"""The `model` group: one YAML for each named choice."""

@@ -1,0 +1,1 @@
+"""The `parallel` group: one YAML for each named choice."""

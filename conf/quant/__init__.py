@@ -1,0 +1,1 @@
+"""The `quant` group: one YAML for each named choice."""

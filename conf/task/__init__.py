@@ -1,0 +1,1 @@
+"""The `task` group: one YAML for each named choice."""

@@ -1,0 +1,1 @@
+"""Once per run: the configuration, the tasks, and the workers that carry them out."""

@@ -1,0 +1,114 @@
+"""The command: `shardrun TASK key=value …`, which is `python -m launcher task=TASK key=value …`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+from launcher.config import Config, compose, to_yaml
+from launcher.environment import WorkerEnvironment, detect
+from launcher.failures import EXIT_FAILED, EXIT_USER, USER_ERRORS, RunError
+from launcher.help import help_text
+from launcher.tasks import RANK_TASKS, TASKS, local_task
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command line; returns the exit status. Errors are sentences on stderr."""
+    started_at = time.time()
+    words = _task_first(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(words, started_at)
+    except USER_ERRORS as error:
+        _say(error)
+        return EXIT_USER
+    except RunError as error:
+        _say(error)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # The reader of our stdout left: what it wanted to read, it has.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+
+
+def _run(words: list[str], started_at: float) -> int:
+    if {"--help", "-h"} & set(words):
+        print(help_text(words))
+        return 0
+    environment = detect(os.environ, parent_pid=os.getppid())
+    shows_config = words[:1] == ["--cfg"]
+    overrides = words[2:] if shows_config else words
+    if environment.is_plain and not shows_config and _wants_ranks(overrides):
+        from launcher.workers import preload_torch
+
+        preload_torch()
+    config = compose(overrides)
+    if shows_config:
+        print(to_yaml(config), end="")
+        return 0
+    return _run_task(config, environment, started_at)
+
+
+def _run_task(config: Config, environment: WorkerEnvironment, started_at: float) -> int:
+    for note in environment.notes if environment.rank in (None, 0) else ():
+        _say(note)
+    if environment.is_scheduler:
+        from launcher.rendezvous import host_until_done
+
+        return host_until_done(environment, environment.start_timeout_s or 300.0)
+    if config.task.name not in RANK_TASKS:
+        # Several processes were started for a task that has one part: the first does it.
+        if environment.rank in (None, 0):
+            local_task(config.task.name)(config, environment)
+        return 0
+    if environment.is_plain:
+        return _start_ranks(config, environment, started_at)
+    return _be_rank(config, environment, started_at)
+
+
+def _start_ranks(config: Config, environment: WorkerEnvironment, started_at: float) -> int:
+    from launcher.resolve import make_job
+    from launcher.run_dir import RunDir
+
+    job, notes = make_job(config, environment)
+    for note in notes:
+        _say(note)
+    run_dir = RunDir.create(job)
+    from launcher.workers import run_workers
+
+    return run_workers(run_dir, job.tp, started_at)
+
+
+def _be_rank(config: Config, environment: WorkerEnvironment, started_at: float) -> int:
+    from launcher.resolve import make_job
+    from launcher.worker import run_external
+
+    return run_external(environment, lambda: make_job(config, environment)[0], started_at)
+
+
+def _task_first(words: list[str]) -> list[str]:
+    """`generate prompt=x` -> `task=generate prompt=x`; `--cfg job` is moved to the front."""
+    if "--cfg" in words:
+        at = words.index("--cfg")
+        rest = words[:at] + words[at + 2 :]
+        return ["--cfg", "job", *_task_first(rest)]
+    if words and words[0] in TASKS:
+        return [f"task={words[0]}", *words[1:]]
+    return words
+
+
+def _wants_ranks(words: list[str]) -> bool:
+    """A guess before the configuration is composed: is it worth to start importing torch?"""
+    chosen = [word.partition("=")[2] for word in words if word.startswith("task=")]
+    return not chosen or chosen[-1] in RANK_TASKS
+
+
+def _say(message: object) -> None:
+    print(f"shardrun: {message}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,359 @@
+"""Which launcher started this process, and what it says of rank and size.
+
+torchrun, MindSpore's `MS_*`, Slurm's srun, Open MPI and PMI each set variables of their own; all of
+them become one WorkerEnvironment. Contradictions are refused with every value that was seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from launcher.failures import LaunchError
+
+# Slurm numbers its special steps from here on: batch, extern and interactive shells are not srun's.
+_FIRST_SPECIAL_STEP = 0xFFFFFFF0
+
+
+@dataclass(frozen=True)
+class LauncherVariables:
+    """The variables of one launcher. A process is one of its ranks if `rank` and `size` are set."""
+
+    name: str
+    rank: str
+    size: str
+    local_rank: str
+    local_size: str
+
+
+# The innermost launcher first: torchrun inside srun is torchrun.
+TORCHRUN = LauncherVariables("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+OPENMPI = LauncherVariables(
+    "openmpi",
+    "OMPI_COMM_WORLD_RANK",
+    "OMPI_COMM_WORLD_SIZE",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+)
+PMI = LauncherVariables("pmi", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+SLURM = LauncherVariables(
+    "slurm", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"
+)
+MINDSPORE = LauncherVariables("mindspore", "RANK_ID", "MS_WORKER_NUM", "DEVICE_ID", "")
+_BY_RANK = (TORCHRUN, OPENMPI, PMI, SLURM)
+
+# What `shardrun env` shows, beside whatever starts with MS_.
+SEEN = sorted(
+    {
+        *(name for item in _BY_RANK for name in (item.rank, item.size, item.local_rank)),
+        *("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_STEP_ID"),
+        *("SLURM_STEP_NUM_NODES", "SLURM_STEP_NODELIST", "RANK_ID", "RANK_SIZE", "DEVICE_ID"),
+        *("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class WorkerEnvironment:
+    """What the process environment says.
+
+    Attributes:
+        launcher: torchrun, mindspore, openmpi, pmi, slurm; plain where we start the ranks.
+        size: number of ranks that the launcher started; None if plain.
+        rank: None if plain, in the scheduler, or where it is handed out at the rendezvous.
+        local_rank: rank on this host, if the launcher says it.
+        is_scheduler: MindSpore's extra process, which hosts the rendezvous.
+        store: "host:port" of the rendezvous, or None where rank 0 opens one.
+        job: what tells this job from others on the same host, where rank 0 opens the rendezvous.
+        requested_size: MS_WORKER_NUM without MS_ROLE: a wish for so many ranks.
+        stray_size: WORLD_SIZE without RANK: a leftover that must not be passed over in silence.
+        start_timeout_s: the launcher's own deadline for the rendezvous, if it says one.
+        notes: what the user should know; said on stderr.
+    """
+
+    launcher: str = "plain"
+    size: int | None = None
+    rank: int | None = None
+    local_rank: int | None = None
+    is_scheduler: bool = False
+    store: str | None = None
+    job: str = ""
+    requested_size: int | None = None
+    stray_size: int | None = None
+    start_timeout_s: float | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_plain(self) -> bool:
+        return self.launcher == "plain"
+
+
+def seen_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables that matter to the choice, as they are set."""
+    names = [name for name in environ if name.startswith("MS_") or name in SEEN]
+    return {name: environ[name] for name in sorted(names)}
+
+
+def detect(environ: Mapping[str, str], *, parent_pid: int = 0) -> WorkerEnvironment:
+    """Read the process environment.
+
+    Args:
+        parent_pid: tells jobs of one host apart where the launcher gives no number.
+
+    Raises:
+        LaunchError: half of a launcher's variables, a number that is none, or launchers that
+            contradict each other.
+    """
+    _check_stray_rank(environ)
+    found = [item for item in _BY_RANK if _is_rank_of(item, environ)]
+    if "MS_ROLE" in environ:
+        if found:
+            raise LaunchError(_contradiction("MS_ROLE and another launcher's rank", environ))
+        return _with_stray_size(_mindspore(environ), environ)
+    if not found:
+        return _with_stray_size(_plain(environ), environ)
+    _check_sizes(found, environ)
+    return _ranked(found[0], found[1:], environ, parent_pid)
+
+
+def decide_size(
+    environment: WorkerEnvironment, tp: int | None, prepared: int | None, default: int
+) -> tuple[int, tuple[str, ...]]:
+    """The number of ranks, and what to say about it.
+
+    Args:
+        tp: `parallel.tp`, or None where it is open.
+        prepared: the size that a prepared checkpoint was cut for.
+        default: where nothing says a size.
+
+    Raises:
+        LaunchError: the launcher's size, MS_WORKER_NUM and parallel.tp are not all the same.
+    """
+    claims = {
+        f"{environment.launcher}'s number of ranks": environment.size,
+        "MS_WORKER_NUM": environment.requested_size,
+        "WORLD_SIZE": environment.stray_size,
+        "parallel.tp": tp,
+    }
+    said = {name: value for name, value in claims.items() if value is not None}
+    listed = ", ".join(f"{name}={value}" for name, value in said.items())
+    if len(set(said.values())) > 1:
+        raise LaunchError(
+            f"the number of ranks must be one, but {listed}; unset what is stale or make them equal."
+        )
+    if environment.stray_size is not None:
+        raise LaunchError(
+            f"WORLD_SIZE is set without RANK ({listed}); unset it, or launch with torchrun."
+        )
+    if environment.requested_size is not None and tp is None and environment.is_plain:
+        return environment.requested_size, (
+            f"MS_WORKER_NUM={environment.requested_size} is set: starting "
+            f"{environment.requested_size} ranks (parallel.tp=… or unset MS_WORKER_NUM for another)",
+        )
+    if said:
+        return next(iter(said.values())), ()
+    if prepared is not None:
+        return prepared, (f"the checkpoint was prepared for tp={prepared}: starting {prepared} ranks",)
+    return default, ()
+
+
+def _with_stray_size(
+    environment: WorkerEnvironment, environ: Mapping[str, str]
+) -> WorkerEnvironment:
+    return replace(environment, stray_size=_positive(environ, "WORLD_SIZE"))
+
+
+def _plain(environ: Mapping[str, str]) -> WorkerEnvironment:
+    requested = _positive(environ, "MS_WORKER_NUM")
+    stale = [name for name in ("RANK_ID", "RANK_SIZE", "DEVICE_ID", "MS_NODE_ID") if name in environ]
+    notes = (f"{', '.join(stale)} set without MS_ROLE: not used",) if stale else ()
+    return WorkerEnvironment(requested_size=requested, notes=notes)
+
+
+def _mindspore(environ: Mapping[str, str]) -> WorkerEnvironment:
+    role = environ["MS_ROLE"]
+    if role not in ("MS_WORKER", "MS_SCHED"):
+        raise LaunchError(f"MS_ROLE must be MS_WORKER or MS_SCHED, but is {role!r}; unset it.")
+    names = ("MS_WORKER_NUM", "MS_SCHED_HOST", "MS_SCHED_PORT")
+    missing = [name for name in names if not environ.get(name)]
+    if missing:
+        raise LaunchError(
+            f"MS_ROLE={role} needs {' and '.join(missing)}; set them alike in every process, or "
+            "unset MS_ROLE."
+        )
+    size = _positive(environ, "MS_WORKER_NUM")
+    _check_rank_size(environ, size)
+    is_scheduler = role == "MS_SCHED"
+    return WorkerEnvironment(
+        launcher="mindspore",
+        size=size,
+        # The scheduler's RANK_ID is 0 too: the role decides, never the rank.
+        rank=None if is_scheduler else _mindspore_rank(environ, size),
+        local_rank=None if is_scheduler else _integer(environ, "DEVICE_ID"),
+        is_scheduler=is_scheduler,
+        store=f"{environ['MS_SCHED_HOST']}:{_port(environ, 'MS_SCHED_PORT')}",
+        start_timeout_s=_timeout(environ),
+    )
+
+
+def _mindspore_rank(environ: Mapping[str, str], size: int | None) -> int | None:
+    """RANK_ID, or an MS_NODE_ID that is a number; None where the rendezvous hands ranks out."""
+    node_id = environ.get("MS_NODE_ID", "")
+    rank = _integer(environ, "RANK_ID")
+    if rank is None and node_id.isdigit():
+        rank = int(node_id)
+    if rank is not None and size is not None and not 0 <= rank < size:
+        raise LaunchError(
+            f"RANK_ID must be below MS_WORKER_NUM={size}, but is {rank}; start {size} workers only."
+        )
+    return rank
+
+
+def _check_rank_size(environ: Mapping[str, str], size: int | None) -> None:
+    rank_size = _positive(environ, "RANK_SIZE")
+    if rank_size is not None and rank_size != size:
+        raise LaunchError(
+            f"RANK_SIZE must be MS_WORKER_NUM={size}, but is {rank_size}; unset the stale one."
+        )
+
+
+def _timeout(environ: Mapping[str, str]) -> float | None:
+    value = _integer(environ, "MS_TOPO_TIMEOUT")
+    return None if value is None or value < 0 else float(value)
+
+
+def _ranked(
+    launcher: LauncherVariables,
+    outer: list[LauncherVariables],
+    environ: Mapping[str, str],
+    parent_pid: int,
+) -> WorkerEnvironment:
+    size, rank = _positive(environ, launcher.size), _integer(environ, launcher.rank)
+    assert size is not None
+    assert rank is not None
+    if not 0 <= rank < size:
+        raise LaunchError(
+            f"{launcher.rank} must be below {launcher.size}={size}, but is {rank}; unset stale ones."
+        )
+    if size == 1 and launcher is not TORCHRUN:
+        # One task that wants several ranks on its node: srun or mpirun only gave it a place.
+        return WorkerEnvironment(notes=(f"{launcher.name} started one task: ranks are ours to start",))
+    notes = tuple(f"{item.name} is around {launcher.name}, which decides" for item in outer)
+    return WorkerEnvironment(
+        launcher=launcher.name,
+        size=size,
+        rank=rank,
+        local_rank=_integer(environ, launcher.local_rank),
+        store=_store(launcher, environ, size),
+        job=_job(launcher, environ, parent_pid),
+        requested_size=_positive(environ, "MS_WORKER_NUM"),
+        notes=notes,
+    )
+
+
+def _store(launcher: LauncherVariables, environ: Mapping[str, str], size: int) -> str | None:
+    """Where the rendezvous is; None where all ranks are on one host and rank 0 picks a free port."""
+    if launcher is TORCHRUN:
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environ]
+        if missing:
+            raise LaunchError(
+                f"RANK and WORLD_SIZE are set, but {' and '.join(missing)} not; "
+                "launch with torchrun, or unset RANK and WORLD_SIZE."
+            )
+        return f"{environ['MASTER_ADDR']}:{_port(environ, 'MASTER_PORT')}"
+    if _is_one_host(launcher, environ, size):
+        return None
+    if "MASTER_ADDR" in environ and "MASTER_PORT" in environ:
+        return f"{environ['MASTER_ADDR']}:{_port(environ, 'MASTER_PORT')}"
+    if launcher is SLURM:
+        return f"{first_host(environ.get('SLURM_STEP_NODELIST', ''))}:{_slurm_port(environ)}"
+    raise LaunchError(
+        f"{launcher.name} started {size} ranks on several hosts, and MASTER_ADDR and MASTER_PORT are "
+        "not set; export rank 0's host and a free port of it."
+    )
+
+
+def _is_one_host(launcher: LauncherVariables, environ: Mapping[str, str], size: int) -> bool:
+    if launcher is SLURM:
+        return environ.get("SLURM_STEP_NUM_NODES", "1") == "1"
+    return _positive(environ, launcher.local_size) in (None, size)
+
+
+def first_host(nodelist: str) -> str:
+    """The first name of a Slurm node list: `n[03-05,9],m1` -> `n03`."""
+    head, bracket, tail = nodelist.partition("[")
+    if not bracket or "," in head:
+        return nodelist.split(",")[0]
+    first = tail.replace("]", ",").replace("-", ",").split(",")[0]
+    return head + first + tail.partition("]")[2].split(",")[0]
+
+
+def _slurm_port(environ: Mapping[str, str]) -> int:
+    """The step's reserved port, or one that neighbouring jobs do not share."""
+    reserved = environ.get("SLURM_STEP_RESV_PORTS", "").split("-")[0].split(",")[0]
+    if reserved.isdigit():
+        return int(reserved)
+    job, step = (_integer(environ, name) or 0 for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    return 20000 + (job * 97 + step) % 12000
+
+
+def _job(launcher: LauncherVariables, environ: Mapping[str, str], parent_pid: int) -> str:
+    if launcher is SLURM:
+        return f"slurm-{environ.get('SLURM_JOB_ID')}-{environ.get('SLURM_STEP_ID')}"
+    # mpirun's local daemon is the parent of all ranks of a host.
+    return f"{launcher.name}-{parent_pid}"
+
+
+def _is_rank_of(launcher: LauncherVariables, environ: Mapping[str, str]) -> bool:
+    if launcher.rank not in environ or launcher.size not in environ:
+        return False
+    if launcher is SLURM:
+        step = environ.get("SLURM_STEP_ID", "")
+        return step.isdigit() and int(step) < _FIRST_SPECIAL_STEP
+    return True
+
+
+def _check_stray_rank(environ: Mapping[str, str]) -> None:
+    """A RANK without WORLD_SIZE is a leftover that would silently mean nothing."""
+    if "RANK" in environ and "WORLD_SIZE" not in environ:
+        raise LaunchError(
+            f"RANK={environ['RANK']} is set without WORLD_SIZE; unset RANK, or launch with torchrun."
+        )
+
+
+def _check_sizes(found: list[LauncherVariables], environ: Mapping[str, str]) -> None:
+    """Sizes must agree; only torchrun may run inside another launcher's tasks."""
+    if found[0] is TORCHRUN and "TORCHELASTIC_RUN_ID" in environ:
+        return
+    sizes = {environ[item.size] for item in found if environ[item.size] != "1"}
+    if len(sizes) > 1:
+        raise LaunchError(_contradiction("two launchers' sizes", environ))
+
+
+def _contradiction(what: str, environ: Mapping[str, str]) -> str:
+    listed = ", ".join(f"{name}={value}" for name, value in seen_variables(environ).items())
+    return f"{what} contradict each other ({listed}); unset the stale ones."
+
+
+def _integer(environ: Mapping[str, str], name: str) -> int | None:
+    value = environ.get(name)
+    if value is None or value == "":
+        return None
+    try:
+        return int(value)
+    except ValueError:
+        raise LaunchError(f"{name} must be an integer, but is {value!r}; unset it.") from None
+
+
+def _positive(environ: Mapping[str, str], name: str) -> int | None:
+    value = _integer(environ, name)
+    if value is not None and value < 1:
+        raise LaunchError(f"{name} must be at least 1, but is {value}; unset it.")
+    return value
+
+
+def _port(environ: Mapping[str, str], name: str) -> int:
+    value = _integer(environ, name)
+    if value is None or not 0 < value < 65536:
+        raise LaunchError(f"{name} must be a port from 1 to 65535, but is {environ[name]!r}.")
+    return value

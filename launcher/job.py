@@ -1,0 +1,88 @@
+"""Job: what every rank must agree on, resolved and checked before anything starts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from launcher.config import Config, from_yaml, to_yaml
+from launcher.failures import ConfigError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt.
+
+    Attributes:
+        index: its place among all prompts.
+        id: the name that a .jsonl file gave it, or None.
+        token_ids: what the model is given.
+        max_new_tokens: how long its answer may be.
+    """
+
+    index: int
+    id: str | int | None
+    text: str
+    token_ids: tuple[int, ...]
+    max_new_tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.__dict__, "token_ids": list(self.token_ids)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Prompt:
+        return cls(**{**values, "token_ids": tuple(values["token_ids"])})
+
+
+@dataclass(frozen=True)
+class Job:
+    """A resolved configuration and its prompts; equal bytes on every rank."""
+
+    config: Config
+    prompts: tuple[Prompt, ...]
+
+    @property
+    def checkpoint(self) -> Path:
+        assert self.config.checkpoint is not None
+        return Path(self.config.checkpoint)
+
+    @property
+    def tp(self) -> int:
+        assert self.config.parallel.tp is not None
+        return self.config.parallel.tp
+
+    def config_text(self) -> str:
+        return to_yaml(self.config)
+
+    def prompts_text(self) -> str:
+        return "".join(json.dumps(prompt.to_dict()) + "\n" for prompt in self.prompts)
+
+    @classmethod
+    def from_texts(cls, config_text: str, prompts_text: str) -> Job:
+        prompts = (Prompt.from_dict(json.loads(line)) for line in prompts_text.splitlines())
+        return cls(from_yaml(config_text), tuple(prompts))
+
+
+def first_difference(mine: Config, other: Config) -> str | None:
+    """`key is A here and B on rank 0`, or None where both are equal."""
+    for section, value in mine.__dict__.items():
+        theirs = getattr(other, section)
+        if value == theirs:
+            continue
+        if not hasattr(value, "__dict__"):
+            return f"{section} is {value!r} here and {theirs!r} on rank 0"
+        for key, inner in value.__dict__.items():
+            if inner != getattr(theirs, key):
+                return f"{section}.{key} is {inner!r} here and {getattr(theirs, key)!r} on rank 0"
+    return None
+
+
+def with_tp(config: Config, tp: int) -> Config:
+    """The configuration with its number of ranks filled in."""
+    if config.parallel.dp != 1:
+        raise ConfigError(
+            f"`parallel.dp` must be 1, but is {config.parallel.dp}; start one run for each replica."
+        )
+    return replace(config, parallel=replace(config.parallel, tp=tp))

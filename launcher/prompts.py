@@ -1,0 +1,123 @@
+"""The prompts of a run: from the command line, a file or stdin, as token ids that fit the context."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from launcher.config import Config
+from launcher.failures import ConfigError
+from launcher.job import Prompt
+from launcher.text import Tokenizer
+from parallel.errors import PromptError
+
+DEMO_PROMPTS = ["I love Beijing, because", "LLaMA is a", "Huawei is a company that"]
+DEFAULT_NEW_TOKENS = 128
+
+
+def make_prompts(
+    config: Config, tokenizer: Tokenizer, context: int, default: list[str] | None
+) -> tuple[Prompt, ...]:
+    """Read and tokenize every prompt.
+
+    Args:
+        context: the model's longest sequence in tokens.
+        default: prompts where none is given, or None if some must be.
+
+    Raises:
+        ConfigError: none or more than one of prompt, prompts, prompts_file; a file that is unread.
+        PromptError: a prompt that is empty of tokens, or does not fit with its answer.
+    """
+    return tuple(
+        _prompt(config, index, *entry, tokenizer.encode(entry[1]), context)
+        for index, entry in enumerate(_texts(config, default))
+    )
+
+
+def _texts(config: Config, default: list[str] | None) -> list[tuple[Any, str]]:
+    """(id, text) of each prompt."""
+    given = {
+        "prompt": config.prompt,
+        "prompts": config.prompts,
+        "prompts_file": config.prompts_file,
+    }
+    named = [key for key, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise ConfigError(f"`{named[0]}` and `{named[1]}` are both given; give one of them.")
+    if not named and default is None:
+        raise ConfigError("no prompt is given; write prompt='…' or prompts_file=FILE.")
+    if config.prompts_file is not None:
+        return _file_texts(config.prompts_file)
+    if config.prompt is not None:
+        return [(None, config.prompt)]
+    texts = config.prompts if config.prompts is not None else default
+    assert texts is not None
+    if not texts:
+        raise ConfigError("`prompts` is an empty list; write prompts=['one','two'].")
+    return [(None, text) for text in texts]
+
+
+def _file_texts(name: str) -> list[tuple[Any, str]]:
+    try:
+        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"`prompts_file` {name} cannot be read ({error}); give a text file.") from error
+    lines = [line for line in text.split("\n") if line.strip()]
+    if not lines:
+        raise ConfigError(f"`prompts_file` {name} holds no prompt; write one a line.")
+    if name.endswith(".jsonl"):
+        return list(_jsonl_texts(name, text))
+    return [(None, line) for line in lines]
+
+
+def _jsonl_texts(name: str, text: str) -> Iterator[tuple[Any, str]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            entry = None
+        if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+            raise ConfigError(
+                f"`prompts_file` {name}, line {number}, must be a JSON object with a `prompt` string."
+            )
+        yield entry.get("id"), entry["prompt"]
+
+
+def _prompt(
+    config: Config, index: int, name: Any, text: str, token_ids: list[int], context: int
+) -> Prompt:
+    if not token_ids:
+        raise PromptError(f"prompt {index} ({text[:40]!r}) has no tokens; write some text.")
+    room = context - len(token_ids)
+    if room < 1:
+        raise PromptError(
+            f"prompt {index} ({text[:40]!r}…) has {len(token_ids)} tokens, but the context is "
+            f"{context} tokens and an answer needs at least one; shorten it."
+        )
+    return Prompt(index, name, text, tuple(token_ids), _answer_length(config, index, room, token_ids))
+
+
+def _answer_length(config: Config, index: int, room: int, token_ids: list[int]) -> int:
+    """max_new_tokens or max_length as asked for; the default is cut to the context, they are not."""
+    generation = config.generation
+    wanted = generation.max_new_tokens
+    if generation.max_length is not None:
+        wanted = generation.max_length - len(token_ids)
+        if wanted < 1:
+            raise PromptError(
+                f"prompt {index} has {len(token_ids)} tokens, but `generation.max_length` counts "
+                f"them and is {generation.max_length}; raise it or write max_new_tokens instead."
+            )
+    if wanted is None:
+        return min(DEFAULT_NEW_TOKENS, room)
+    if wanted > room:
+        raise PromptError(
+            f"prompt {index} has {len(token_ids)} tokens and leaves room for {room} in the context, "
+            f"but {wanted} new ones are asked for; ask for {room} or fewer."
+        )
+    return wanted

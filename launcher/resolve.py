@@ -1,0 +1,150 @@
+"""From a composed configuration to a Job: every default filled in, every value checked.
+
+It runs before a process is started or a weight is read, and needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from launcher.config import Config, GenerationSection, QuantSection
+from launcher.device import check_names
+from launcher.environment import WorkerEnvironment, decide_size
+from launcher.failures import ConfigError
+from launcher.job import Job, with_tp
+from launcher.prompts import DEMO_PROMPTS, make_prompts
+from launcher.text import open_tokenizer
+from parallel.checkpoint.layout import Layout
+from parallel.checkpoint.open import Checkpoint, open_checkpoint
+
+DEMO = Path(__file__).parent / "demo"
+DEMO_TP = 2
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration with its checkpoint opened.
+
+    Attributes:
+        notes: what the user should know; said on stderr.
+    """
+
+    config: Config
+    checkpoint: Checkpoint
+    layout: Layout
+    notes: tuple[str, ...]
+
+
+def resolve(config: Config, environment: WorkerEnvironment) -> Resolved:
+    """Open the checkpoint, decide the number of ranks, and check that they fit.
+
+    Raises:
+        ConfigError, LaunchError, CheckpointError, ModelError, QuantError: one sentence each.
+    """
+    check_names(config.device, config.dtype)
+    check_generation(config.generation)
+    path = checkpoint_path(config)
+    scheme = config.quant.scheme()
+    checkpoint = open_checkpoint(path, model_overrides(config))
+    default = DEMO_TP if path == DEMO else 1
+    size, notes = decide_size(environment, config.parallel.tp, checkpoint.prepared_size, default)
+    config = with_tp(replace(config, checkpoint=str(path)), size)
+    layout = checkpoint.layout(scheme, vocab_emb_dp=config.parallel.vocab_emb_dp)
+    checkpoint.config.check_tp(size)
+    if checkpoint.prepared_size is not None:
+        config = replace(config, quant=_quant_section(layout))
+    return Resolved(config, checkpoint, layout, notes + _sampling_note(checkpoint))
+
+
+def make_job(config: Config, environment: WorkerEnvironment) -> tuple[Job, tuple[str, ...]]:
+    """The job of a task with prompts, and what to say about it."""
+    resolved = resolve(config, environment)
+    tokenizer = open_tokenizer(resolved.checkpoint.path)
+    default = DEMO_PROMPTS if resolved.checkpoint.path == DEMO else None
+    context = resolved.checkpoint.config.max_position_embeddings
+    prompts = make_prompts(config, tokenizer, context, default)
+    _check_token_ids(prompts, resolved.checkpoint)
+    return Job(resolved.config, prompts), resolved.notes
+
+
+def checkpoint_path(config: Config) -> Path:
+    """The checkpoint's directory; the embedded demo model where none is given.
+
+    Raises:
+        ConfigError: a shape is named, but no weights.
+    """
+    if config.checkpoint is not None:
+        return Path(config.checkpoint).absolute()
+    if model_overrides(config):
+        raise ConfigError("`model` names a shape without weights; give checkpoint=DIRECTORY too.")
+    return DEMO
+
+
+def model_overrides(config: Config) -> dict[str, Any]:
+    """What the `model` section says in place of config.json."""
+    return {key: value for key, value in vars(config.model).items() if value is not None}
+
+
+def check_generation(section: GenerationSection) -> None:
+    """Raises ConfigError for a number outside its range, or two lengths at once."""
+    if section.max_new_tokens is not None and section.max_length is not None:
+        raise ConfigError(
+            "`generation.max_new_tokens` and `generation.max_length` are both given; give one."
+        )
+    for key, (is_valid, rule) in _RANGES.items():
+        value = getattr(section, key)
+        if value is not None and not is_valid(value):
+            raise ConfigError(f"`generation.{key}` must be {rule}, but is {value}.")
+    if "" in section.stop:
+        raise ConfigError("`generation.stop` has an empty string, which ends every answer; drop it.")
+    _check_sampling_is_on(section)
+
+
+_POSITIVE = (lambda value: value >= 1, "at least 1")
+_RANGES: Mapping[str, Any] = {
+    "max_new_tokens": _POSITIVE,
+    "max_length": _POSITIVE,
+    "max_num_seqs": _POSITIVE,
+    "prefill_chunk": _POSITIVE,
+    "temperature": (lambda value: 0 < value < float("inf"), "above 0 (do_sample=false is greedy)"),
+    "top_k": (lambda value: value >= 0, "at least 0"),
+    "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "repetition_penalty": (lambda value: 0 < value < float("inf"), "above 0"),
+}
+
+
+def _check_sampling_is_on(section: GenerationSection) -> None:
+    """A temperature without sampling would be ignored, and its user would not know."""
+    defaults = GenerationSection()
+    for key in ("temperature", "top_k", "top_p"):
+        if not section.do_sample and getattr(section, key) != getattr(defaults, key):
+            raise ConfigError(
+                f"`generation.{key}` has no effect while generation.do_sample is false; "
+                "write generation.do_sample=true as well."
+            )
+
+
+def _sampling_note(checkpoint: Checkpoint) -> tuple[str, ...]:
+    if not checkpoint.unused_sampling:
+        return ()
+    listed = ", ".join(f"{key}={value}" for key, value in checkpoint.unused_sampling.items())
+    return (f"the checkpoint's generation_config.json says {listed}: not used, set generation.*",)
+
+
+def _quant_section(layout: Layout) -> QuantSection:
+    """The scheme that a prepared checkpoint brings, so that run.yaml says what really runs."""
+    return QuantSection(**layout.scheme.to_dict())
+
+
+def _check_token_ids(prompts: tuple[Any, ...], checkpoint: Checkpoint) -> None:
+    vocab_size = checkpoint.config.vocab_size
+    for prompt in prompts:
+        highest = max(prompt.token_ids)
+        if highest >= vocab_size:
+            raise ConfigError(
+                f"the tokenizer gives token {highest}, but vocab_size is {vocab_size}; "
+                "use the tokenizer of this checkpoint."
+            )

@@ -1,0 +1,42 @@
+"""The tasks: one module each. Those with a rank's part have `run_rank`, the others `run`.
+
+Modules are imported when their task runs: `plan` and `env` need no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from launcher.config import Config
+    from launcher.environment import WorkerEnvironment
+    from launcher.rank import Rank
+
+# What each does, as `shardrun --help` says it, and the sections of keys it reads.
+TASKS = {
+    "generate": ("prompts -> text, on one rank or several", ("generation", "quant", "parallel")),
+    "prepare": ("checkpoint -> quantized shards for each rank", ("quant", "parallel")),
+    "plan": ("what each rank will hold, and which sizes work", ("plan", "quant", "parallel", "model")),
+    "verify": ("single against parallel, quantized against original", ("verify", "generation", "quant", "parallel")),
+    "env": ("what this process sees: launcher, rank, devices", ("parallel",)),
+}  # fmt: skip
+RANK_TASKS = ("generate", "verify")
+
+
+def rank_task(name: str) -> Callable[[Rank], None]:
+    """A task's part on one rank."""
+    assert name in RANK_TASKS
+    function: Callable[[Rank], None] = import_module(f"launcher.tasks.{name}").run_rank
+    return function
+
+
+def local_task(name: str) -> Callable[[Config, WorkerEnvironment], None]:
+    """A task that runs in the launcher itself."""
+    assert name in TASKS
+    assert name not in RANK_TASKS
+    function: Callable[[Config, WorkerEnvironment], None] = import_module(
+        f"launcher.tasks.{name}"
+    ).run
+    return function

@@ -1,0 +1,205 @@
+"""generate: prompts -> text, on one rank or several."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from tqdm import tqdm
+
+from launcher.config import GenerationSection
+from launcher.device import resolve_dtype
+from launcher.job import Job, Prompt
+from launcher.rank import Rank
+from launcher.text import TextStream, Tokenizer, open_tokenizer
+from parallel.checkpoint.open import Checkpoint, open_checkpoint
+from parallel.checkpoint.shard import load_rank
+from parallel.generation.decode import Completion, GenerationLoop, Request, Timings
+from parallel.generation.sampling import Sampling
+from parallel.group import Group
+from parallel.model.decoder import Decoder
+from quant.weight import Weight
+
+
+def run_rank(rank: Rank) -> None:
+    """One rank's part: load its weights, run the loop; rank 0 prints and writes the results."""
+    loaded_at = time.time()
+    checkpoint = open_checkpoint(rank.job.checkpoint, _overrides(rank.job))
+    decoder, weights = load_decoder(rank.job, checkpoint, rank.group, rank.device)
+    rank.group.barrier()
+    ready_at = time.time()
+    writer = ResultWriter(rank) if rank.group.rank == 0 else None
+    loop = make_loop(rank.job, checkpoint, decoder, writer)
+    for completion in loop.run(requests(rank.job.prompts)):
+        if writer:
+            writer.finish(completion)
+    if writer:
+        writer.close()
+    starts = {"load_s": ready_at - loaded_at, "before_load_s": loaded_at - rank.started_at}
+    _report(rank, loop.timings, starts, _weight_bytes(weights))
+
+
+def load_decoder(
+    job: Job, checkpoint: Checkpoint, group: Group, device: torch.device, **scheme: Any
+) -> tuple[Decoder, dict[str, Weight]]:
+    """This rank's part of the model, from a prepared directory or sharded on the fly."""
+    dtype = resolve_dtype(job.config.dtype, checkpoint.config.dtype, device)
+    layout = checkpoint.layout(
+        scheme.get("scheme", job.config.quant.scheme()), vocab_emb_dp=job.config.parallel.vocab_emb_dp
+    )
+    weights = load_rank(layout, checkpoint.source, group.rank, group.size, dtype, device)
+    decoder = Decoder(checkpoint.config, layout.table, weights, group, cache_length(job.prompts))
+    return decoder, weights
+
+
+def make_loop(
+    job: Job, checkpoint: Checkpoint, decoder: Decoder, writer: ResultWriter | None
+) -> GenerationLoop:
+    """The generation loop of a job, with a cache as long as its longest prompt and answer."""
+    section = job.config.generation
+    num_rows = min(section.max_num_seqs, len(job.prompts))
+    return GenerationLoop(
+        decoder,
+        decoder.new_cache(num_rows, cache_length(job.prompts)),
+        sampling(section),
+        seed=section.seed,
+        eos_ids=() if section.ignore_eos else checkpoint.eos_token_ids,
+        prefill_chunk=section.prefill_chunk,
+        on_token=writer.take if writer else None,
+    )
+
+
+def requests(prompts: Sequence[Prompt]) -> list[Request]:
+    return [Request(item.index, item.token_ids, item.max_new_tokens) for item in prompts]
+
+
+def cache_length(prompts: Sequence[Prompt]) -> int:
+    """Positions of one row of the cache."""
+    return max(len(item.token_ids) + item.max_new_tokens for item in prompts)
+
+
+def sampling(section: GenerationSection) -> Sampling:
+    return Sampling(
+        section.do_sample,
+        section.temperature,
+        section.top_k,
+        section.top_p,
+        section.repetition_penalty,
+    )
+
+
+class ResultWriter:
+    """Rank 0's output: text on stdout, result.jsonl, and a progress bar on the console.
+
+    One prompt's line grows as its tokens come; of several, each line is printed when it is whole.
+    """
+
+    def __init__(self, rank: Rank) -> None:
+        job = rank.job
+        self._prompts = {item.index: item for item in job.prompts}
+        self._tokenizer: Tokenizer = open_tokenizer(job.checkpoint)
+        self._stop = job.config.generation.stop
+        self._streams: dict[int, TextStream] = {}
+        self._grows = len(job.prompts) == 1
+        self._file: TextIO = rank.run_dir.result.open("w", encoding="utf-8")
+        self._bar = tqdm(
+            total=sum(item.max_new_tokens for item in job.prompts),
+            unit="token",
+            file=rank.console,
+            disable=self._grows or not rank.console.isatty(),
+        )
+        if self._grows:
+            _print(f"'text_generation_text': [{job.prompts[0].text}")
+
+    def take(self, index: int, token: int) -> bool:
+        """A new token; True once a stop string is met."""
+        new, is_stopped = self._stream(index).add(token)
+        if self._grows:
+            _print(new)
+        self._bar.update()
+        return is_stopped
+
+    def finish(self, completion: Completion) -> None:
+        """A prompt has ended: write its result."""
+        prompt, stream = self._prompts[completion.index], self._stream(completion.index)
+        if self._grows:
+            _print(f"{stream.finish()}]\n")
+        else:
+            stream.finish()
+            _print(f"'text_generation_text': [{prompt.text}{stream.text}]\n")
+        self._write(prompt, completion, stream.text)
+
+    def close(self) -> None:
+        self._bar.close()
+        self._file.close()
+
+    def _stream(self, index: int) -> TextStream:
+        if index not in self._streams:
+            ids = self._prompts[index].token_ids
+            self._streams[index] = TextStream(self._tokenizer, ids, self._stop)
+        return self._streams[index]
+
+    def _write(self, prompt: Prompt, completion: Completion, text: str) -> None:
+        entry = {
+            "index": prompt.index,
+            "id": prompt.id,
+            "prompt": prompt.text,
+            "text": text,
+            "token_ids": list(completion.token_ids),
+            "finish_reason": completion.finish_reason,
+        }
+        self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+
+def _print(text: str) -> None:
+    """To stdout at once, also into a pipe; a reader that has gone does not end the run."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        sys.stdout = Path("/dev/null").open("w")  # noqa: SIM115
+
+
+def _overrides(job: Job) -> dict[str, Any]:
+    return {key: value for key, value in vars(job.config.model).items() if value is not None}
+
+
+def _weight_bytes(weights: dict[str, Weight]) -> int:
+    return sum(weight.nbytes for weight in weights.values())
+
+
+def _report(rank: Rank, timings: Timings, starts: dict[str, float], weight_bytes: int) -> None:
+    """report.json, by rank 0, with every rank's bytes and memory."""
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    mine = torch.tensor([weight_bytes, peak_bytes], dtype=torch.int64, device=rank.device)
+    counts = dict(rank.group.counts)
+    parts = rank.group.gather(mine)
+    if parts is None:
+        return
+    report = {
+        "task": rank.job.config.task.name,
+        "tp": rank.group.size,
+        "device": str(rank.device.type),
+        "weight_bytes": [int(part[0]) for part in parts],
+        "peak_rss_bytes": [int(part[1]) for part in parts],
+        "collectives": counts,
+        "first_token_s": (timings.first_token_at or rank.started_at) - rank.started_at,
+        **starts,
+        **_rates(timings),
+    }
+    rank.run_dir.report.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def _rates(timings: Timings) -> dict[str, Any]:
+    values = {key: value for key, value in asdict(timings).items() if key != "first_token_at"}
+    values["prefill_tokens_per_s"] = timings.prefill_tokens / max(timings.prefill_s, 1e-9)
+    values["decode_tokens_per_s"] = timings.decode_tokens / max(timings.decode_s, 1e-9)
+    return values

@@ -1,0 +1,104 @@
+"""Start the ranks of a plain command, watch them, and say who failed first.
+
+torch elastic starts, watches and stops the processes. They come from a forkserver that imports
+torch while the configuration is composed: a process that has computed must not fork, and torch is
+imported once a host.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import signal
+from multiprocessing import forkserver
+from typing import Any
+
+from launcher.failures import EXIT_USER, ErrorRecord, RunError, first_cause
+from launcher.run_dir import RunDir
+
+_TRACEBACK_LINES = 12
+
+
+def preload_torch() -> None:
+    """Start the forkserver; it imports torch and our modules in the background."""
+    multiprocessing.set_forkserver_preload(["launcher.worker", "launcher.tasks.generate"])
+    forkserver.ensure_running()
+
+
+def run_workers(run_dir: RunDir, size: int, started_at: float) -> int:
+    """Run the job of a run directory on `size` ranks of this host.
+
+    Returns:
+        0, or 2 where a rank refused the user's input.
+
+    Raises:
+        RunError: a rank failed; leads with the first.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from launcher.worker import run_started
+
+    # Its own report names an arbitrary rank; ours is made from the records that the ranks left.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    settings = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=size,
+        run_id=run_dir.path.name,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        start_method="forkserver",
+        monitor_interval=0.05,
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=None),
+    )
+    try:
+        elastic_launch(settings, run_started)(str(run_dir.path), run_dir.job_hash(), started_at)
+    except ChildFailedError as error:
+        return _explain(run_dir, error.failures)
+    return 0
+
+
+def _explain(run_dir: RunDir, failures: dict[int, Any]) -> int:
+    """Turn what elastic saw and what the ranks recorded into one story."""
+    cause = first_cause(run_dir.errors())
+    killed = {rank: failure for rank, failure in failures.items() if failure.exitcode < 0}
+    if killed and (cause is None or cause.is_consequence):
+        raise RunError(_killed_sentence(run_dir, killed))
+    if cause is None:
+        raise RunError(_wordless_sentence(run_dir, failures))
+    if cause.is_user_error:
+        print_user_error(cause)
+        return EXIT_USER
+    raise RunError(_failed_story(run_dir, cause))
+
+
+def print_user_error(cause: ErrorRecord) -> None:
+    import sys
+
+    print(f"shardrun: {cause.message}", file=sys.stderr)
+
+
+def _killed_sentence(run_dir: RunDir, killed: dict[int, Any]) -> str:
+    rank, failure = min(killed.items())
+    name = signal.Signals(-failure.exitcode).name
+    return (
+        f"rank {rank} (pid {failure.pid}) was ended by signal {-failure.exitcode} ({name})\n"
+        f"log: {run_dir.log(rank)}"
+    )
+
+
+def _wordless_sentence(run_dir: RunDir, failures: dict[int, Any]) -> str:
+    rank, failure = min(failures.items())
+    log = run_dir.log(rank)
+    tail = log.read_text(errors="replace").splitlines()[-_TRACEBACK_LINES:] if log.exists() else []
+    first = f"rank {rank} (pid {failure.pid}) ended with status {failure.exitcode} without a word"
+    return "\n".join([first, *tail, f"log: {log}"])
+
+
+def _failed_story(run_dir: RunDir, cause: ErrorRecord) -> str:
+    lines = cause.traceback.rstrip().splitlines()[-_TRACEBACK_LINES:]
+    return "\n".join([str(cause), *lines, f"log: {run_dir.log(cause.rank)}"])
