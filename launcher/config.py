@@ -117,7 +117,7 @@ class GenerationSection:
 class PlanSection:
     """What `plan` counts."""
 
-    tp: list[int] = _key([1, 2, 4, 8, 16], "tensor-parallel sizes to compare")
+    tp: list[int] | None = _key(None, "tensor-parallel sizes to compare; null: all valid ones to 16")
     batch_size: int = _key(1, "sequences in the KV cache")
     max_length: int | None = _key(None, "tokens of each; null: the context, at most 4096")
     bandwidth_gb_s: float | None = _key(

@@ -18,6 +18,7 @@ from launcher.config import GenerationSection
 from launcher.device import resolve_dtype
 from launcher.job import Job, Prompt
 from launcher.rank import Rank
+from launcher.resolve import model_overrides
 from launcher.text import TextStream, Tokenizer, open_tokenizer
 from parallel.checkpoint.open import Checkpoint, open_checkpoint
 from parallel.checkpoint.shard import load_rank
@@ -25,13 +26,14 @@ from parallel.generation.decode import Completion, GenerationLoop, Request, Timi
 from parallel.generation.sampling import Sampling
 from parallel.group import Group
 from parallel.model.decoder import Decoder
+from quant.scheme import QuantScheme
 from quant.weight import Weight
 
 
 def run_rank(rank: Rank) -> None:
     """One rank's part: load its weights, run the loop; rank 0 prints and writes the results."""
     loaded_at = time.time()
-    checkpoint = open_checkpoint(rank.job.checkpoint, _overrides(rank.job))
+    checkpoint = open_checkpoint(rank.job.checkpoint, model_overrides(rank.job.config))
     decoder, weights = load_decoder(rank.job, checkpoint, rank.group, rank.device)
     rank.group.barrier()
     ready_at = time.time()
@@ -47,12 +49,20 @@ def run_rank(rank: Rank) -> None:
 
 
 def load_decoder(
-    job: Job, checkpoint: Checkpoint, group: Group, device: torch.device, **scheme: Any
+    job: Job,
+    checkpoint: Checkpoint,
+    group: Group,
+    device: torch.device,
+    scheme: QuantScheme | None = None,
 ) -> tuple[Decoder, dict[str, Weight]]:
-    """This rank's part of the model, from a prepared directory or sharded on the fly."""
+    """This rank's part of the model, from a prepared directory or sharded on the fly.
+
+    Args:
+        scheme: in place of the job's.
+    """
     dtype = resolve_dtype(job.config.dtype, checkpoint.config.dtype, device)
     layout = checkpoint.layout(
-        scheme.get("scheme", job.config.quant.scheme()), vocab_emb_dp=job.config.parallel.vocab_emb_dp
+        scheme or job.config.quant.scheme(), vocab_emb_dp=job.config.parallel.vocab_emb_dp
     )
     weights = load_rank(layout, checkpoint.source, group.rank, group.size, dtype, device)
     decoder = Decoder(checkpoint.config, layout.table, weights, group, cache_length(job.prompts))
@@ -166,10 +176,6 @@ def _print(text: str) -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         sys.stdout = Path("/dev/null").open("w")  # noqa: SIM115
-
-
-def _overrides(job: Job) -> dict[str, Any]:
-    return {key: value for key, value in vars(job.config.model).items() if value is not None}
 
 
 def _weight_bytes(weights: dict[str, Weight]) -> int:

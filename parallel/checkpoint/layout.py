@@ -30,12 +30,14 @@ class StoredTensor:
         row: the row of the placement table it belongs to.
         shape: its global shape.
         dtype: a torch name.
+        is_quantized: part of a quantized weight, whose parts keep their dtype in memory.
     """
 
     name: str
     row: Row
     shape: Shape
     dtype: str
+    is_quantized: bool = False
 
     def index(self, rank: int, size: int) -> Index:
         """The rank's slice. A scale [N, 1] is cut as its weight's rows are, and never along K."""
@@ -44,8 +46,10 @@ class StoredTensor:
             return cuts
         return (cuts[0], slice(0, 1))
 
-    def num_bytes(self, rank: int, size: int) -> int:
-        return math.prod(index_shape(self.index(rank, size))) * DTYPE_BYTES[self.dtype]
+    def num_bytes(self, rank: int, size: int, float_dtype: str | None = None) -> int:
+        """Bytes of the rank's slice as it is stored; in memory, where floats become another dtype."""
+        dtype = float_dtype if float_dtype and not self.is_quantized else self.dtype
+        return math.prod(index_shape(self.index(rank, size))) * DTYPE_BYTES[dtype]
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,9 @@ class Layout:
     quantized: frozenset[str]
     tensors: tuple[StoredTensor, ...]
 
-    def rank_bytes(self, rank: int, size: int) -> int:
-        """Bytes of the weights of one rank."""
-        return sum(tensor.num_bytes(rank, size) for tensor in self.tensors)
+    def rank_bytes(self, rank: int, size: int, float_dtype: str | None = None) -> int:
+        """Bytes of one rank's weights on disk, or in memory with floats of `float_dtype`."""
+        return sum(tensor.num_bytes(rank, size, float_dtype) for tensor in self.tensors)
 
 
 def make_layout(
@@ -106,8 +110,8 @@ def _stored(row: Row, dtype: str, is_quantized: bool) -> list[StoredTensor]:
     if not is_quantized:
         return [StoredTensor(row.name, row, row.shape, dtype)]
     return [
-        StoredTensor(row.name, row, row.shape, "int8"),
-        StoredTensor(row.name + SCALE_SUFFIX, row, (row.shape[0], 1), dtype),
+        StoredTensor(row.name, row, row.shape, "int8", is_quantized=True),
+        StoredTensor(row.name + SCALE_SUFFIX, row, (row.shape[0], 1), dtype, is_quantized=True),
     ]
 
 

@@ -86,7 +86,7 @@ def open_checkpoint(path: Path, overrides: Mapping[str, Any] | None = None) -> C
         config=config,
         source=PreparedSource(path) if is_prepared(path) else HuggingFaceSource(path),
         eos_token_ids=_eos_ids(config, generation, path),
-        unused_sampling={key: generation[key] for key in _SAMPLING_KEYS if key in generation},
+        unused_sampling=_unused_sampling(generation),
     )
 
 
@@ -113,7 +113,18 @@ def describe_layout(
     return layout
 
 
-_SAMPLING_KEYS = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
+# Sampling keys of generation_config.json and the values that change nothing.
+_NEUTRAL: Mapping[str, Any] = {
+    "do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0,
+}  # fmt: skip
+
+
+def _unused_sampling(generation: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: generation[key]
+        for key, neutral in _NEUTRAL.items()
+        if generation.get(key, neutral) not in (neutral, None)
+    }
 
 
 def _eos_ids(config: ModelConfig, generation: dict[str, Any], path: Path) -> tuple[int, ...]:

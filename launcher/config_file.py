@@ -1,0 +1,97 @@
+"""The file of `config=FILE`: shardrun's YAML, such as a run.yaml, or MindFormers' predict YAML."""
+
+from __future__ import annotations
+
+import os.path
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launcher.config import VERBATIM, keys
+from launcher.failures import ConfigError
+from launcher.mindformers import is_mindformers, translate
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The keys that a YAML file sets, such as `parallel.tp`; a group's key names a preset.
+
+    Relative paths in the file count from the working directory, as on the command line.
+
+    Raises:
+        ConfigError: a file that cannot be read or is no mapping of keys, a key that is set twice, a
+            MindFormers key that cannot be honoured. Unknown keys of ours are for the caller.
+    """
+    values = _load(path)
+    flat = translate(values, str(path)) if is_mindformers(values) else _flatten(values, path)
+    return {key: _verbatim(key, value, path) for key, value in flat.items()}
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"`config` {path} cannot be read ({error.strerror}); give a YAML file."
+        ) from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or the 31st of February
+        raise ConfigError(f"`config` {path} is not YAML ({_where(error)}); correct it.") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(
+            f"`config` {path} must be a mapping of keys, but holds {_kind(values)}; "
+            "write `key: value` lines."
+        )
+    return values
+
+
+def _where(error: Exception) -> str:
+    """A parser's several lines as one."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    return " ".join(str(error).split())
+
+
+def _kind(values: Any) -> str:
+    if isinstance(values, dict):
+        strange = next(key for key in values if not isinstance(key, str))
+        return f"the key {strange!r}, which is not a string"
+    return "nothing" if values is None else f"a {type(values).__name__}"
+
+
+def _flatten(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in (leaf for item in values.items() for leaf in _leaves(*item)):
+        if key in flat:
+            raise ConfigError(f"`{key}` is set twice in {path}; keep one of them.")
+        flat[key] = value
+    # A run.yaml names the file that it was composed from; what that said is in it already.
+    flat.pop("config", None)
+    return flat
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """`parallel: {tp: 2}` and `parallel.tp: 2` alike; a mapping below a leaf is its value."""
+    leaves = {name for name, _ in keys()}
+    sections = {name.partition(".")[0] for name in leaves if "." in name}
+    if key in leaves or not (isinstance(value, dict) or (value is None and key in sections)):
+        yield _as_group(key), value
+        return
+    for name, item in (value or {}).items():
+        yield _as_group(f"{key}.{name}"), item
+
+
+def _as_group(key: str) -> str:
+    """A task is chosen as a group, so that `shardrun prepare config=run.yaml` prepares."""
+    return "task" if key == "task.name" else key
+
+
+def _verbatim(key: str, value: Any, path: Path) -> Any:
+    """Texts must be strings (YAML makes `no` false and `1_0` ten); `~` of a path is expanded."""
+    if key not in VERBATIM or value is None:
+        return value
+    if not isinstance(value, str):
+        raise ConfigError(
+            f"`{key}` in {path} must be a string, but is {value!r}; put it in quotes."
+        )
+    return value if key == "prompt" else os.path.expanduser(value)

@@ -1,0 +1,209 @@
+"""plan: what each rank will hold, which sizes work, and how fast a decode can be at most.
+
+Reads config.json and the index only: no process is started and no weight is read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from launcher.bandwidth import measure_bandwidth_gb_s
+from launcher.config import Config
+from launcher.device import check_names
+from launcher.environment import WorkerEnvironment, decide_size
+from launcher.failures import ConfigError
+from launcher.resolve import DEMO, DEMO_TP, check_generation, model_overrides
+from parallel.checkpoint.layout import Layout, StoredTensor, make_layout
+from parallel.checkpoint.open import describe_layout
+from parallel.checkpoint.plan import RankPlan, Workload, plan_rank, unsupported_reason
+from parallel.model.config import ModelConfig
+from parallel.placement import index_shape
+
+_DEFAULT_LENGTH = 4096
+_MOST_SIZES = 16
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+
+
+def run(config: Config, environment: WorkerEnvironment) -> None:
+    """Print the plan as tables, or as JSON with `plan.json=true`.
+
+    Raises:
+        ModelError: `parallel.tp` cannot split this model.
+    """
+    check_names(config.device, config.dtype)
+    check_generation(config.generation)
+    layout = _layout(config)
+    default = DEMO_TP if config.checkpoint is None and not model_overrides(config) else 1
+    size, _ = decide_size(environment, config.parallel.tp, None, default)
+    workload = _workload(config, layout.config)
+    chosen = plan_rank(layout, size, workload)
+    bandwidth = config.plan.bandwidth_gb_s or measure_bandwidth_gb_s()
+    sizes = sorted({*_sizes(config, layout.config), size})
+    if config.plan.json:
+        print(json.dumps(_to_json(layout, sizes, workload, bandwidth, config), indent=1))
+        return
+    _print_model(layout, workload)
+    _print_placements(layout, chosen.tp)
+    _print_sizes(layout, sizes, workload, bandwidth, config)
+
+
+def _layout(config: Config) -> Layout:
+    scheme, overrides = config.quant.scheme(), model_overrides(config)
+    vocab_emb_dp = config.parallel.vocab_emb_dp
+    if config.checkpoint is None and overrides:
+        shape = ModelConfig.from_hf(overrides, "`model`")
+        return make_layout(shape, scheme, vocab_emb_dp=vocab_emb_dp)
+    path = Path(config.checkpoint).absolute() if config.checkpoint else DEMO
+    return describe_layout(path, scheme, overrides, vocab_emb_dp=vocab_emb_dp)
+
+
+def _workload(config: Config, model: ModelConfig) -> Workload:
+    context = model.max_position_embeddings
+    length = config.plan.max_length or min(context, _DEFAULT_LENGTH)
+    if not 1 <= length <= context:
+        raise ConfigError(f"`plan.max_length` must be 1 to {context} (the context), but is {length}.")
+    for key in ("batch_size", "bandwidth_gb_s"):
+        value = getattr(config.plan, key)
+        if value is not None and value <= 0:
+            raise ConfigError(f"`plan.{key}` must be above 0, but is {value}.")
+    dtype = model.dtype if config.dtype == "auto" else config.dtype
+    return Workload(config.plan.batch_size, length, config.generation.prefill_chunk, dtype)
+
+
+def _sizes(config: Config, model: ModelConfig) -> list[int]:
+    if config.plan.tp is None:
+        return [tp for tp in model.valid_tp_sizes() if tp <= _MOST_SIZES]
+    if not config.plan.tp or min(config.plan.tp) < 1:
+        raise ConfigError(f"`plan.tp` must list sizes of at least 1, but is {config.plan.tp}.")
+    return config.plan.tp
+
+
+def _print_model(layout: Layout, workload: Workload) -> None:
+    config = layout.config
+    total = layout.rank_bytes(0, 1)
+    print(
+        f"{config.architecture}: {config.num_hidden_layers} layers, hidden {config.hidden_size}, "
+        f"{config.num_attention_heads} heads / {config.num_key_value_heads} kv heads, "
+        f"FFN {config.intermediate_size}, vocab {config.vocab_size}, {config.dtype}\n"
+        f"scheme {layout.scheme.label}: {_gb(total)} GB on disk; "
+        f"KV cache for {workload.batch_size} x {workload.max_length} tokens\n"
+    )
+
+
+def _print_placements(layout: Layout, tp: int) -> None:
+    rows = [("tensor", "global shape", "dtype", "placement", f"rank 0 of {tp}", "MB a rank")]
+    for name, count, tensor in _patterns(layout.tensors):
+        largest = max(tensor.num_bytes(rank, tp) for rank in range(tp))
+        rows.append(
+            (
+                name,
+                _shape(tensor.shape),
+                tensor.dtype,
+                _placement(tensor, layout.config, tp),
+                _shape(index_shape(tensor.index(0, tp))),
+                f"{count * largest / 1e6:,.1f}",
+            )
+        )
+    _print_table(rows)
+
+
+def _placement(tensor: StoredTensor, config: ModelConfig, tp: int) -> str:
+    """The row's placement; kv heads that are replicated say how often."""
+    copies = tp // config.num_key_value_heads
+    text = str(tensor.row.placement)
+    if tensor.shape != tensor.row.shape and "dim=1" in text:
+        return "replicate"
+    return f"{text}, each on {copies} ranks" if "kv" in text and copies > 1 else text
+
+
+def _print_sizes(
+    layout: Layout, sizes: list[int], workload: Workload, bandwidth: float, config: Config
+) -> None:
+    measured = "given" if config.plan.bandwidth_gb_s else "measured here, all cores"
+    rows = [("tp", "weights", "KV cache", "temporaries", "total GB a rank", "GB on disk", "decode tok/s at most")]
+    reasons = []
+    for tp in sizes:
+        reason = unsupported_reason(layout.config, tp)
+        if reason:
+            reasons.append(f"tp={tp} does not work: {reason}")
+            continue
+        plan = plan_rank(layout, tp, workload)
+        speed = f"{_speed(plan, bandwidth, workload, config):,.1f}"
+        disk = sum(layout.rank_bytes(rank, tp) for rank in range(tp))
+        rows.append((str(tp), *map(_gb, (*_columns(plan), disk)), speed))
+    print()
+    _print_table(rows)
+    print(f"\ndecode: bytes read a token over {bandwidth:.1f} GB/s ({measured}); communication not counted")
+    print("\n".join([*reasons, f"valid tp sizes: {_join(layout.config.valid_tp_sizes())}"]))
+
+
+def _columns(plan: RankPlan) -> tuple[int, ...]:
+    return plan.weight_bytes, plan.kv_cache_bytes, plan.temporary_bytes, plan.total_bytes
+
+
+def _speed(plan: RankPlan, bandwidth: float, workload: Workload, config: Config) -> float:
+    """A bandwidth that is given is one rank's own; the measured one is shared by a host's ranks."""
+    share = 1 if config.plan.bandwidth_gb_s else plan.tp
+    return plan.tokens_per_s(bandwidth / share, workload.batch_size)
+
+
+def _to_json(
+    layout: Layout, sizes: list[int], workload: Workload, bandwidth: float, config: Config
+) -> dict[str, Any]:
+    plans = {}
+    for tp in sizes:
+        reason = unsupported_reason(layout.config, tp)
+        if reason:
+            plans[tp] = {"error": reason}
+            continue
+        plan = plan_rank(layout, tp, workload)
+        plans[tp] = {
+            **asdict(plan),
+            "weight_bytes": plan.weight_bytes,
+            "total_bytes": plan.total_bytes,
+            "disk_bytes": sum(layout.rank_bytes(rank, tp) for rank in range(tp)),
+            "rank_weight_bytes": [
+                layout.rank_bytes(rank, tp, workload.dtype) for rank in range(tp)
+            ],
+            "decode_tokens_per_s": _speed(plan, bandwidth, workload, config),
+        }
+    return {
+        "architecture": layout.config.architecture,
+        "scheme": layout.scheme.to_dict(),
+        "workload": asdict(workload),
+        "bandwidth_gb_s": bandwidth,
+        "valid_tp_sizes": list(layout.config.valid_tp_sizes()),
+        "sizes": plans,
+    }
+
+
+def _patterns(tensors: Iterable[StoredTensor]) -> list[tuple[str, int, StoredTensor]]:
+    """Tensors that differ in their layer only, as one line: pattern, how many, one of them."""
+    groups: dict[tuple[str, Any, str], list[StoredTensor]] = {}
+    for tensor in tensors:
+        key = (_LAYER.sub(".layers.*.", tensor.name), tensor.shape, tensor.dtype)
+        groups.setdefault(key, []).append(tensor)
+    return [(name, len(found), found[0]) for (name, _, _), found in groups.items()]
+
+
+def _print_table(rows: list[tuple[str, ...]]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.3g}" if num_bytes < 1e10 else f"{num_bytes / 1e9:.1f}"
+
+
+def _join(sizes: Iterable[int]) -> str:
+    return ", ".join(map(str, sizes))

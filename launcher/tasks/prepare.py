@@ -1,0 +1,78 @@
+"""prepare: a checkpoint -> quantized shards for each rank, in one pass over the source."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from launcher.config import Config
+from launcher.environment import WorkerEnvironment
+from launcher.failures import ConfigError
+from launcher.resolve import Resolved, resolve
+from parallel.checkpoint.store import source_bytes, write_prepared
+
+
+def run(config: Config, environment: WorkerEnvironment) -> None:
+    """Write the shards of all ranks from this one process.
+
+    Raises:
+        ConfigError: no checkpoint or output is named, or `output` exists.
+    """
+    output = _check(config)
+    resolved = resolve(config, environment)
+    for note in resolved.notes:
+        print(f"shardrun: {note}", file=sys.stderr)
+    num_threads = len(os.sched_getaffinity(0))
+    # One tensor a thread: torch's own threads would only get in each other's way.
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    num_bytes = _write(resolved, output, num_threads)
+    _print_summary(resolved, output, num_bytes, time.perf_counter() - started)
+
+
+def _check(config: Config) -> Path:
+    if config.output is None:
+        raise ConfigError("prepare needs `output`; write output=DIRECTORY.")
+    if config.dtype != "auto":
+        raise ConfigError(
+            f"`dtype` must be auto for prepare, which keeps the checkpoint's dtype, but is "
+            f"{config.dtype}; give dtype to generate."
+        )
+    output = Path(config.output).absolute()
+    if output.exists():
+        raise ConfigError(f"`output` {output} exists already; choose another or remove it.")
+    return output
+
+
+def _write(resolved: Resolved, output: Path, num_threads: int) -> int:
+    assert resolved.config.parallel.tp is not None
+    source = resolved.checkpoint.source
+    total = sum(source_bytes(source, row) for row in resolved.layout.table.values())
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc="prepare", disable=not sys.stderr.isatty()
+    ) as bar:
+        write_prepared(
+            resolved.layout,
+            source,
+            resolved.config.parallel.tp,
+            output,
+            num_threads=num_threads,
+            on_bytes=bar.update,
+        )
+    return total
+
+
+def _print_summary(resolved: Resolved, output: Path, num_bytes: int, seconds: float) -> None:
+    size = resolved.config.parallel.tp
+    assert size is not None
+    largest = max(resolved.layout.rank_bytes(rank, size) for rank in range(size))
+    print(
+        f"{output}: tp={size}, {resolved.layout.scheme.label}, "
+        f"{largest / 1e9:.3g} GB a rank from {num_bytes / 1e9:.3g} GB in {seconds:.1f} s "
+        f"({num_bytes / 1e9 / max(seconds, 1e-9):.2f} GB/s)"
+    )
