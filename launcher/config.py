@@ -162,6 +162,13 @@ GROUPS = ("task", "model", "quant", "parallel", "generation")
 # Taken as they are typed: Hydra's grammar would refuse or change what paths and prompts hold.
 VERBATIM = ("checkpoint", "output", "config", "prompts_file", "prompt", "run_root", "verify.original")
 _PATHS = frozenset(VERBATIM) - {"prompt"}
+# Text of the user's, in which `${…}` and `???` mean nothing to OmegaConf.
+TEXTS = (*VERBATIM, "prompts", "generation.stop")
+# Keys of which one on the command line stands in for another of a file.
+_RIVALS = (
+    {"prompt", "prompts", "prompts_file"},
+    {"generation.max_new_tokens", "generation.max_length"},
+)
 
 
 def compose(arguments: list[str]) -> Config:
@@ -173,17 +180,19 @@ def compose(arguments: list[str]) -> Config:
         ConfigError: an unknown key, a value of the wrong type, or a line that cannot be read.
     """
     overrides = [_split(argument) for argument in arguments]
-    file_values = _file_values(overrides)
-    choices = {key: value for key, value in file_values.items() if key in GROUPS}
-    choices |= {key: value for key, value in overrides if key in GROUPS}
-    node = _compose_groups(choices)
-    for key, value in file_values.items():
+    values = _file_values(overrides)
+    for key, text in overrides:
+        values = _without_rivals(values, key)
+        values[key] = text if key in VERBATIM or key in GROUPS else _parse(key, text)
+    node = _compose_groups({key: value for key, value in values.items() if key in GROUPS})
+    texts = {key: values.pop(key) for key in TEXTS if key in values}
+    for key, value in values.items():
         if key not in GROUPS:
             _update(node, key, value)
-    for key, text in overrides:
-        if key not in GROUPS:
-            _update(node, key, text if key in VERBATIM else _parse(key, text))
-    return _to_config(node)
+    config = _to_config(node)
+    for key, value in texts.items():
+        _set_text(config, key, value)
+    return config
 
 
 def to_yaml(config: Config) -> str:
@@ -297,25 +306,38 @@ def _parse(key: str, text: str) -> Any:
     return override.value()
 
 
+def _without_rivals(values: dict[str, Any], key: str) -> dict[str, Any]:
+    """What a key of the command line replaces: a preset, all fields of its group."""
+    rivals = next((group for group in _RIVALS if key in group), set())
+    prefix = f"{key}." if key in GROUPS else "\0"
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in rivals and not name.startswith(prefix)
+    }
+
+
 def _update(node: Any, key: str, value: Any) -> None:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    if key in _PATHS and value == "null":
-        value = None
     try:
-        OmegaConf.update(node, key, _literal(value), merge=False)
+        OmegaConf.update(node, key, value, merge=False)
+        OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"`{key}` must be {_kind(key)}, but is {value!r}.") from error
 
 
-def _literal(value: Any) -> Any:
-    """`${` in what a user typed is text, not an interpolation."""
-    if isinstance(value, str):
-        return value.replace("\\${", "\\\\${").replace("${", "\\${")
-    if isinstance(value, list):
-        return [_literal(item) for item in value]
-    return value
+def _set_text(config: Config, key: str, value: Any) -> None:
+    if key in _PATHS and value == "null":
+        value = None
+    is_list = key not in VERBATIM
+    if is_list and isinstance(value, list):
+        value = [str(item) for item in value]
+    elif is_list and value is not None or not isinstance(value, str | None):
+        raise ConfigError(f"`{key}` must be {_kind(key)}, but is {value!r}.")
+    section, _, name = key.rpartition(".")
+    setattr(getattr(config, section) if section else config, name, value)
 
 
 def _kind(key: str) -> str:

@@ -68,7 +68,9 @@ class _File:
             self.unused.setdefault(reason, []).extend(names)
 
     def report(self) -> str:
-        return "; ".join(f"{', '.join(names)} ({why})" for why, names in self.unused.items())
+        """What a reader may have counted on comes first."""
+        reasons = sorted(self.unused, key=lambda why: why in (_TRAINING, _RUNTIME))
+        return "; ".join(f"{', '.join(self.unused[why])} ({why})" for why in reasons)
 
     def refusal(self, key: str, rule: str, value: object, remedy: str) -> ConfigError:
         return ConfigError(f"`{key}` in {self.source} {rule}, but is {value!r}; {remedy}.")
@@ -175,6 +177,7 @@ _RENAMED = {
     "rms_norm_eps": "model.rms_norm_eps",
     "theta": "model.rope_theta",
     "tie_word_embeddings": "model.tie_word_embeddings",
+    "param_init_type": "model.torch_dtype",
     "compute_dtype": "dtype",
     "do_sample": "generation.do_sample",
     "repetition_penalty": "generation.repetition_penalty",
@@ -198,7 +201,7 @@ _UNUSED_MODEL_KEYS = {
     "the checkpoint says it": "bos_token_id eos_token_id pad_token_id ignore_token_id type "
     "model_type mindformers_version auto_map tokenizer_class pretrain_seqlen",
     "chosen by compute_dtype": "layernorm_compute_type softmax_compute_type rotary_dtype "
-    "param_init_type ln_param_init_type embedding_init_type residual_dtype res_dtype",
+    "ln_param_init_type embedding_init_type residual_dtype res_dtype",
     _RUNTIME: "use_past use_past_shard is_dynamic is_flexible_shape use_flash_attention "
     "use_paged_attention use_kvcache_op use_ring_attention use_attn_mask_compression "
     "use_rope_slice qkv_concat ffn_concat fused_rms_norm use_fused_rope use_fused_swiglu offset "
@@ -338,7 +341,8 @@ def _take_quantization(file: _File, block: Any) -> None:
 # ----------------------------------------------------------------------------------- the other keys
 
 _READ = (
-    "context", "load_checkpoint", "model", "parallel_config", "pretrained_model_dir", "use_parallel",
+    "context", "load_checkpoint", "model", "parallel_config", "pretrained_model_dir",
+    "use_parallel",
 )  # fmt: skip
 _UNUSED_KEYS = {
     "any checkpoint is sharded as it is read": "auto_trans_ckpt src_strategy_path_or_dir "

@@ -215,28 +215,44 @@ def _take_rank(store: dist.Store, environment: WorkerEnvironment, timeout_s: flo
 
 def _free_rank(store: dist.Store, arrival: int, size: int, timeout_s: float) -> int:
     """The n-th unclaimed rank, n being how many without one arrived before."""
-    keys = [f"claim/{other}" for other in range(size)]
-    _wait_for_keys(store, keys, timeout_s, "workers that started")
-    claims = [int(store.get(key)) for key in keys]
+    claims = [int(value) for value in _wait_for("claim", store, size, timeout_s)]
     free = sorted(set(range(size)) - set(claims))
     return free[claims[:arrival].count(-1)]
 
 
 def _wait_for_all(store: dist.Store, size: int, timeout_s: float) -> list[Place]:
-    keys = [f"place/{rank}" for rank in range(size)]
-    _wait_for_keys(store, keys, timeout_s, "ranks")
-    return [json.loads(store.get(key)) for key in keys]
+    return [json.loads(value) for value in _wait_for("place", store, size, timeout_s)]
 
 
-def _wait_for_keys(store: dist.Store, keys: list[str], timeout_s: float, what: str) -> None:
-    """Raises RunError naming those that are missing at the deadline."""
+def _wait_for(what: str, store: dist.Store, size: int, timeout_s: float) -> list[bytes]:
+    """The values of `what/0` to `what/size-1`.
+
+    Raises:
+        RunError: names the ranks that are missing at the deadline, or one that died while waiting.
+    """
     deadline = time.monotonic() + timeout_s
-    missing = keys
-    while missing := [key for key in missing if not store.check([key])]:
-        if time.monotonic() > deadline:
-            numbers = ", ".join(key.rpartition("/")[2] for key in missing)
-            raise RunError(
-                f"{len(missing)} of {len(keys)} {what} did not arrive within {timeout_s:g} s: "
-                f"{numbers}; look at the logs of those processes"
-            )
-        time.sleep(_POLL_S)
+    missing = list(range(size))
+    try:
+        while missing := [rank for rank in missing if not store.check([f"{what}/{rank}"])]:
+            _check_arrived(store, size)
+            if time.monotonic() > deadline:
+                numbers = ", ".join(map(str, missing))
+                raise RunError(
+                    f"rank {numbers} of {size} did not arrive within {timeout_s:g} s; "
+                    "look at the logs of those processes"
+                )
+            time.sleep(_POLL_S)
+        return [store.get(f"{what}/{rank}") for rank in range(size)]
+    except dist.DistError as error:
+        raise RunError("the rendezvous is gone: the process that hosts it ended") from error
+
+
+def _check_arrived(store: dist.Store, size: int) -> None:
+    for rank in range(size):
+        if store.check([f"place/{rank}"]):
+            place = json.loads(store.get(f"place/{rank}"))
+            if not is_alive(place) and read_end(store, rank) is None:
+                raise RunError(
+                    f"rank {rank} (host {place['host']}, pid {place['pid']}) ended without a word "
+                    "while others had not arrived yet"
+                )

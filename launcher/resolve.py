@@ -18,7 +18,7 @@ from launcher.job import Job, with_tp
 from launcher.prompts import DEMO_PROMPTS, make_prompts
 from launcher.text import open_tokenizer
 from parallel.checkpoint.layout import Layout
-from parallel.checkpoint.open import Checkpoint, open_checkpoint
+from parallel.checkpoint.open import Checkpoint, open_checkpoint, read_config
 
 DEMO = Path(__file__).parent / "demo"
 DEMO_TP = 2
@@ -56,7 +56,8 @@ def resolve(config: Config, environment: WorkerEnvironment) -> Resolved:
     checkpoint.config.check_tp(size)
     if checkpoint.prepared_size is not None:
         config = replace(config, quant=_quant_section(layout))
-    return Resolved(config, checkpoint, layout, notes + _sampling_note(checkpoint))
+    notes += _override_notes(path, model_overrides(config)) + _sampling_note(checkpoint)
+    return Resolved(config, checkpoint, layout, notes)
 
 
 def make_job(config: Config, environment: WorkerEnvironment) -> tuple[Job, tuple[str, ...]]:
@@ -125,6 +126,16 @@ def _check_sampling_is_on(section: GenerationSection) -> None:
                 f"`generation.{key}` has no effect while generation.do_sample is false; "
                 "write generation.do_sample=true as well."
             )
+
+
+def _override_notes(path: Path, overrides: Mapping[str, Any]) -> tuple[str, ...]:
+    """A `model` key that contradicts config.json wins, and is said."""
+    own = read_config(path)
+    return tuple(
+        f"model.{key}={value} stands in for config.json's {own.get(key)}"
+        for key, value in overrides.items()
+        if own.get(key) != value
+    )
 
 
 def _sampling_note(checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import signal
+import sys
 from multiprocessing import forkserver
 from typing import Any
 
@@ -41,7 +42,8 @@ def run_workers(run_dir: RunDir, size: int, started_at: float) -> int:
     from launcher.worker import run_started
 
     # Its own report names an arbitrary rank; ours is made from the records that the ranks left.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -71,15 +73,9 @@ def _explain(run_dir: RunDir, failures: dict[int, Any]) -> int:
     if cause is None:
         raise RunError(_wordless_sentence(run_dir, failures))
     if cause.is_user_error:
-        print_user_error(cause)
+        print(f"shardrun: {cause.message}", file=sys.stderr)
         return EXIT_USER
     raise RunError(_failed_story(run_dir, cause))
-
-
-def print_user_error(cause: ErrorRecord) -> None:
-    import sys
-
-    print(f"shardrun: {cause.message}", file=sys.stderr)
 
 
 def _killed_sentence(run_dir: RunDir, killed: dict[int, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -119,6 +120,8 @@ class ResultWriter:
         self._streams: dict[int, TextStream] = {}
         self._grows = len(job.prompts) == 1
         self._file: TextIO = rank.run_dir.result.open("w", encoding="utf-8")
+        # tqdm's own lock is a semaphore of the system, which a killed rank would leave behind.
+        tqdm.set_lock(threading.RLock())
         self._bar = tqdm(
             total=sum(item.max_new_tokens for item in job.prompts),
             unit="token",

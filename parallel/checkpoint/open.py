@@ -95,7 +95,18 @@ def read_config(path: Path, overrides: Mapping[str, Any] | None = None) -> dict[
     if not path.is_dir():
         kind = "is a file" if path.exists() else "does not exist"
         raise CheckpointError(f"`checkpoint` {path} {kind}; give a checkpoint's directory.")
-    return {**read_json_object(path / "config.json"), **(overrides or {})}
+    values = read_json_object(path / "config.json")
+    return override_config(values, overrides or {})
+
+
+def override_config(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with some values replaced, also those that transformers 5 keeps together."""
+    together = values.get("rope_parameters")
+    if isinstance(together, dict) and {"rope_theta", "rope_scaling"} & overrides.keys():
+        scaling = overrides.get("rope_scaling", together)
+        theta = overrides.get("rope_theta", together.get("rope_theta", 10000.0))
+        values = {**values, "rope_parameters": {**scaling, "rope_theta": theta}}
+    return {**values, **overrides}
 
 
 def describe_layout(
