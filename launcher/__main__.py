@@ -8,7 +8,7 @@ import sys
 import time
 
 from launcher.config import Config, compose, to_yaml
-from launcher.environment import WorkerEnvironment, detect
+from launcher.environment import WorkerEnvironment, detect, launching_pid
 from launcher.failures import EXIT_FAILED, EXIT_USER, USER_ERRORS, RunError
 from launcher.help import help_text
 from launcher.tasks import RANK_TASKS, TASKS, local_task
@@ -38,7 +38,7 @@ def _run(words: list[str], started_at: float) -> int:
     if {"--help", "-h"} & set(words):
         print(help_text(words))
         return 0
-    environment = detect(os.environ, parent_pid=os.getppid())
+    environment = detect(os.environ, parent_pid=launching_pid(os.environ))
     shows_config = words[:1] == ["--cfg"]
     overrides = words[2:] if shows_config else words
     if environment.is_plain and not shows_config and _wants_ranks(overrides):
@@ -58,7 +58,7 @@ def _run_task(config: Config, environment: WorkerEnvironment, started_at: float)
     if environment.is_scheduler:
         from launcher.rendezvous import host_until_done
 
-        return host_until_done(environment, environment.start_timeout_s or 300.0)
+        return host_until_done(environment, config.parallel.start_timeout_s)
     if config.task.name not in RANK_TASKS:
         # Several processes were started for a task that has one part: the first does it.
         if environment.rank in (None, 0):
@@ -86,7 +86,12 @@ def _be_rank(config: Config, environment: WorkerEnvironment, started_at: float) 
     from launcher.resolve import make_job
     from launcher.worker import run_external
 
-    return run_external(environment, lambda: make_job(config, environment)[0], started_at)
+    return run_external(
+        environment,
+        lambda: make_job(config, environment)[0],
+        started_at,
+        config.parallel.start_timeout_s,
+    )
 
 
 def _task_first(words: list[str]) -> list[str]:

@@ -99,7 +99,9 @@ class ParallelSection:
 class GenerationSection:
     """How text is made; the names are those of transformers' GenerationConfig."""
 
-    max_new_tokens: int | None = _key(None, "most tokens of an answer; null: 128, within the context")
+    max_new_tokens: int | None = _key(
+        None, "most tokens of an answer; null: 128, within the context"
+    )
     max_length: int | None = _key(None, "most tokens of prompt and answer together")
     do_sample: bool = _key(False, "sample instead of taking the most likely token")
     temperature: float = _key(1.0, "divides the logits")
@@ -117,7 +119,9 @@ class GenerationSection:
 class PlanSection:
     """What `plan` counts."""
 
-    tp: list[int] | None = _key(None, "tensor-parallel sizes to compare; null: all valid ones to 16")
+    tp: list[int] | None = _key(
+        None, "tensor-parallel sizes to compare; null: all valid ones to 16"
+    )
     batch_size: int = _key(1, "sequences in the KV cache")
     max_length: int | None = _key(None, "tokens of each; null: the context, at most 4096")
     bandwidth_gb_s: float | None = _key(
@@ -147,7 +151,9 @@ class Config:
     generation: GenerationSection = field(default_factory=GenerationSection)
     plan: PlanSection = field(default_factory=PlanSection)
     verify: VerifySection = field(default_factory=VerifySection)
-    checkpoint: str | None = _key(None, "directory of the checkpoint; null: the embedded demo model")
+    checkpoint: str | None = _key(
+        None, "directory of the checkpoint; null: the embedded demo model"
+    )
     output: str | None = _key(None, "directory that prepare writes")
     config: str | None = _key(None, "YAML file of these keys, or a MindFormers predict YAML")
     device: str = _key("auto", "auto, cpu or cuda")
@@ -160,7 +166,15 @@ class Config:
 
 GROUPS = ("task", "model", "quant", "parallel", "generation")
 # Taken as they are typed: Hydra's grammar would refuse or change what paths and prompts hold.
-VERBATIM = ("checkpoint", "output", "config", "prompts_file", "prompt", "run_root", "verify.original")
+VERBATIM = (
+    "checkpoint",
+    "output",
+    "config",
+    "prompts_file",
+    "prompt",
+    "run_root",
+    "verify.original",
+)
 _PATHS = frozenset(VERBATIM) - {"prompt"}
 # Text of the user's, in which `${…}` and `???` mean nothing to OmegaConf.
 TEXTS = (*VERBATIM, "prompts", "generation.stop")
@@ -302,7 +316,9 @@ def _parse(key: str, text: str) -> Any:
             f"`{key}` cannot be read from {text!r}; put the value in quotes: {key}=\"'…'\"."
         ) from error
     if override.is_sweep_override():
-        raise ConfigError(f"`{key}` must be one value, but is {text!r}; lists go in brackets: [a,b].")
+        raise ConfigError(
+            f"`{key}` must be one value, but is {text!r}; lists go in brackets: [a,b]."
+        )
     return override.value()
 
 
@@ -334,7 +350,7 @@ def _set_text(config: Config, key: str, value: Any) -> None:
     is_list = key not in VERBATIM
     if is_list and isinstance(value, list):
         value = [str(item) for item in value]
-    elif is_list and value is not None or not isinstance(value, str | None):
+    elif (is_list and value is not None) or not isinstance(value, str | None):
         raise ConfigError(f"`{key}` must be {_kind(key)}, but is {value!r}.")
     section, _, name = key.rpartition(".")
     setattr(getattr(config, section) if section else config, name, value)

@@ -1,13 +1,16 @@
 """Which launcher started this process, and what it says of rank and size.
 
 torchrun, MindSpore's `MS_*`, Slurm's srun, Open MPI and PMI each set variables of their own; all of
-them become one WorkerEnvironment. Contradictions are refused with every value that was seen.
+them become one WorkerEnvironment. The innermost launcher decides: torchrun, msrun and mpirun run
+inside srun's tasks. Contradictions are refused with every value that was seen.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from launcher.failures import LaunchError
 
@@ -66,7 +69,8 @@ class WorkerEnvironment:
         store: "host:port" of the rendezvous, or None where rank 0 opens one.
         job: what tells this job from others on the same host, where rank 0 opens the rendezvous.
         requested_size: MS_WORKER_NUM without MS_ROLE: a wish for so many ranks.
-        stray_size: WORLD_SIZE without RANK: a leftover that must not be passed over in silence.
+        stray_size: WORLD_SIZE without RANK: a leftover that must not be passed over in silence,
+            unless it says what the launcher says.
         start_timeout_s: the launcher's own deadline for the rendezvous, if it says one.
         notes: what the user should know; said on stderr.
     """
@@ -107,13 +111,16 @@ def detect(environ: Mapping[str, str], *, parent_pid: int = 0) -> WorkerEnvironm
     _check_stray_rank(environ)
     found = [item for item in _BY_RANK if _is_rank_of(item, environ)]
     if "MS_ROLE" in environ:
-        if found:
-            raise LaunchError(_contradiction("MS_ROLE and another launcher's rank", environ))
-        return _with_stray_size(_mindspore(environ), environ)
-    if not found:
-        return _with_stray_size(_plain(environ), environ)
-    _check_sizes(found, environ)
-    return _ranked(found[0], found[1:], environ, parent_pid)
+        if TORCHRUN in found:
+            raise LaunchError(_contradiction("MS_ROLE and torchrun's RANK", environ))
+        environment = replace(_mindspore(environ), notes=_around("mindspore", found))
+    elif found:
+        _check_hand_set(found, environ)
+        environment = _ranked(found[0], found[1:], environ, parent_pid)
+    else:
+        environment = _plain(environ)
+    stray = None if TORCHRUN in found else _positive(environ, "WORLD_SIZE")
+    return replace(environment, stray_size=stray)
 
 
 def decide_size(
@@ -139,33 +146,29 @@ def decide_size(
     listed = ", ".join(f"{name}={value}" for name, value in said.items())
     if len(set(said.values())) > 1:
         raise LaunchError(
-            f"the number of ranks must be one, but {listed}; unset what is stale or make them equal."
+            f"the number of ranks must be one, but {listed}; unset what is stale or make them "
+            "equal."
         )
-    if environment.stray_size is not None:
+    if environment.stray_size is not None and environment.is_plain:
         raise LaunchError(
             f"WORLD_SIZE is set without RANK ({listed}); unset it, or launch with torchrun."
         )
     if environment.requested_size is not None and tp is None and environment.is_plain:
         return environment.requested_size, (
-            f"MS_WORKER_NUM={environment.requested_size} is set: starting "
-            f"{environment.requested_size} ranks (parallel.tp=… or unset MS_WORKER_NUM for another)",
+            f"MS_WORKER_NUM={environment.requested_size} is set: starting as many ranks "
+            "(parallel.tp=… or unset MS_WORKER_NUM for another number)",
         )
     if said:
         return next(iter(said.values())), ()
     if prepared is not None:
-        return prepared, (f"the checkpoint was prepared for tp={prepared}: starting {prepared} ranks",)
+        return prepared, (f"the checkpoint was prepared for tp={prepared}: as many ranks start",)
     return default, ()
-
-
-def _with_stray_size(
-    environment: WorkerEnvironment, environ: Mapping[str, str]
-) -> WorkerEnvironment:
-    return replace(environment, stray_size=_positive(environ, "WORLD_SIZE"))
 
 
 def _plain(environ: Mapping[str, str]) -> WorkerEnvironment:
     requested = _positive(environ, "MS_WORKER_NUM")
-    stale = [name for name in ("RANK_ID", "RANK_SIZE", "DEVICE_ID", "MS_NODE_ID") if name in environ]
+    names = ("RANK_ID", "RANK_SIZE", "DEVICE_ID", "MS_NODE_ID")
+    stale = [name for name in names if name in environ]
     notes = (f"{', '.join(stale)} set without MS_ROLE: not used",) if stale else ()
     return WorkerEnvironment(requested_size=requested, notes=notes)
 
@@ -198,10 +201,15 @@ def _mindspore(environ: Mapping[str, str]) -> WorkerEnvironment:
 
 def _mindspore_rank(environ: Mapping[str, str], size: int | None) -> int | None:
     """RANK_ID, or an MS_NODE_ID that is a number; None where the rendezvous hands ranks out."""
-    node_id = environ.get("MS_NODE_ID", "")
+    text = environ.get("MS_NODE_ID", "")
+    node_id = int(text) if text.isdecimal() else None
     rank = _integer(environ, "RANK_ID")
-    if rank is None and node_id.isdigit():
-        rank = int(node_id)
+    if None not in (rank, node_id) and rank != node_id:
+        raise LaunchError(
+            f"RANK_ID and MS_NODE_ID must be one rank, but are {rank} and {text}; unset the stale "
+            "one."
+        )
+    rank = node_id if rank is None else rank
     if rank is not None and size is not None and not 0 <= rank < size:
         raise LaunchError(
             f"RANK_ID must be below MS_WORKER_NUM={size}, but is {rank}; start {size} workers only."
@@ -233,26 +241,33 @@ def _ranked(
     assert rank is not None
     if not 0 <= rank < size:
         raise LaunchError(
-            f"{launcher.rank} must be below {launcher.size}={size}, but is {rank}; unset stale ones."
+            f"{launcher.rank} must be below {launcher.size}={size}, but is {rank}; unset stale "
+            "ones."
         )
     if size == 1 and launcher is not TORCHRUN:
         # One task that wants several ranks on its node: srun or mpirun only gave it a place.
-        return WorkerEnvironment(notes=(f"{launcher.name} started one task: ranks are ours to start",))
-    notes = tuple(f"{item.name} is around {launcher.name}, which decides" for item in outer)
+        note = f"{launcher.name} started one task: ranks are ours to start"
+        plain = _plain(environ)
+        return replace(plain, notes=(note, *plain.notes))
+    store = _store(launcher, environ, size)
     return WorkerEnvironment(
         launcher=launcher.name,
         size=size,
         rank=rank,
         local_rank=_integer(environ, launcher.local_rank),
-        store=_store(launcher, environ, size),
-        job=_job(launcher, environ, parent_pid),
+        store=store,
+        job=_job(launcher, environ, parent_pid if store is None else 0),
         requested_size=_positive(environ, "MS_WORKER_NUM"),
-        notes=notes,
+        notes=_around(launcher.name, outer),
     )
 
 
+def _around(inner: str, outer: list[LauncherVariables]) -> tuple[str, ...]:
+    return tuple(f"{item.name} is around {inner}, which decides" for item in outer)
+
+
 def _store(launcher: LauncherVariables, environ: Mapping[str, str], size: int) -> str | None:
-    """Where the rendezvous is; None where all ranks are on one host and rank 0 picks a free port."""
+    """Where the rendezvous is; None where one host has all ranks: rank 0 picks a free port."""
     if launcher is TORCHRUN:
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environ]
         if missing:
@@ -268,8 +283,8 @@ def _store(launcher: LauncherVariables, environ: Mapping[str, str], size: int) -
     if launcher is SLURM:
         return f"{first_host(environ.get('SLURM_STEP_NODELIST', ''))}:{_slurm_port(environ)}"
     raise LaunchError(
-        f"{launcher.name} started {size} ranks on several hosts, and MASTER_ADDR and MASTER_PORT are "
-        "not set; export rank 0's host and a free port of it."
+        f"{launcher.name} started {size} ranks on several hosts, and MASTER_ADDR and MASTER_PORT "
+        "are not set; export rank 0's host and a free port of it."
     )
 
 
@@ -298,10 +313,36 @@ def _slurm_port(environ: Mapping[str, str]) -> int:
 
 
 def _job(launcher: LauncherVariables, environ: Mapping[str, str], parent_pid: int) -> str:
+    """The same on all ranks of a job, and only there."""
     if launcher is SLURM:
         return f"slurm-{environ.get('SLURM_JOB_ID')}-{environ.get('SLURM_STEP_ID')}"
-    # mpirun's local daemon is the parent of all ranks of a host.
+    if launcher is TORCHRUN:
+        # Its store outlives a restart of the ranks, who must not meet those of the round before.
+        names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+        return "-".join(["torchrun", *(environ.get(name, "0") for name in names)])
+    if "PMIX_NAMESPACE" in environ:
+        return f"{launcher.name}-{environ['PMIX_NAMESPACE'].replace('/', '-')}"
     return f"{launcher.name}-{parent_pid}"
+
+
+def launching_pid(environ: Mapping[str, str]) -> int:
+    """The nearest ancestor that is no rank: mpirun's daemon, the same for all ranks of a host.
+
+    A wrapper script between the two was given the same rank.
+    """
+    names = [item.rank for item in _BY_RANK if item.rank in environ]
+    marks = [f"{name}={environ[name]}".encode() for name in names]
+    pid = os.getppid()
+    while marks and pid > 1 and set(marks) <= set(_ancestor(pid, "environ").split(b"\0")):
+        pid = int(_ancestor(pid, "stat").rpartition(b")")[2].split()[1])
+    return pid
+
+
+def _ancestor(pid: int, name: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/{name}").read_bytes()
+    except OSError:
+        return b""
 
 
 def _is_rank_of(launcher: LauncherVariables, environ: Mapping[str, str]) -> bool:
@@ -317,17 +358,21 @@ def _check_stray_rank(environ: Mapping[str, str]) -> None:
     """A RANK without WORLD_SIZE is a leftover that would silently mean nothing."""
     if "RANK" in environ and "WORLD_SIZE" not in environ:
         raise LaunchError(
-            f"RANK={environ['RANK']} is set without WORLD_SIZE; unset RANK, or launch with torchrun."
+            f"RANK={environ['RANK']} is set without WORLD_SIZE; unset RANK, or launch with "
+            "torchrun."
         )
 
 
-def _check_sizes(found: list[LauncherVariables], environ: Mapping[str, str]) -> None:
-    """Sizes must agree; only torchrun may run inside another launcher's tasks."""
-    if found[0] is TORCHRUN and "TORCHELASTIC_RUN_ID" in environ:
+def _check_hand_set(found: list[LauncherVariables], environ: Mapping[str, str]) -> None:
+    """RANK and WORLD_SIZE that no torchrun set are a script's, and must be its launcher's."""
+    if found[0] is not TORCHRUN or "TORCHELASTIC_RUN_ID" in environ:
         return
-    sizes = {environ[item.size] for item in found if environ[item.size] != "1"}
-    if len(sizes) > 1:
-        raise LaunchError(_contradiction("two launchers' sizes", environ))
+    outer = [item for item in found[1:] if environ[item.size] != "1"]
+    for names in ("rank", "size"):
+        if any(
+            environ[getattr(item, names)] != environ[getattr(TORCHRUN, names)] for item in outer
+        ):
+            raise LaunchError(_contradiction(f"two launchers' {names}s", environ))
 
 
 def _contradiction(what: str, environ: Mapping[str, str]) -> str:

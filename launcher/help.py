@@ -58,7 +58,9 @@ def _keys(is_wanted: Any) -> str:
 def _line(key: str, item: dataclasses.Field[Any]) -> str:
     made = item.default is dataclasses.MISSING and item.default_factory is not dataclasses.MISSING
     default = item.default_factory() if made else item.default  # type: ignore[misc]
-    shown = {None: "null", True: "true", False: "false"}.get(default if _plain(default) else "", default)
+    shown = {None: "null", True: "true", False: "false"}.get(
+        default if _plain(default) else "", default
+    )
     return f"  {key + '=' + str(shown):44} {item.metadata['help']}"
 
 

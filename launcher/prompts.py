@@ -64,7 +64,9 @@ def _file_texts(name: str) -> list[tuple[Any, str]]:
     try:
         text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"`prompts_file` {name} cannot be read ({error}); give a text file.") from error
+        raise ConfigError(
+            f"`prompts_file` {name} cannot be read ({error}); give a text file."
+        ) from error
     lines = [line for line in text.split("\n") if line.strip()]
     if not lines:
         raise ConfigError(f"`prompts_file` {name} holds no prompt; write one a line.")
@@ -99,7 +101,9 @@ def _prompt(
             f"prompt {index} ({text[:40]!r}…) has {len(token_ids)} tokens, but the context is "
             f"{context} tokens and an answer needs at least one; shorten it."
         )
-    return Prompt(index, name, text, tuple(token_ids), _answer_length(config, index, room, token_ids))
+    return Prompt(
+        index, name, text, tuple(token_ids), _answer_length(config, index, room, token_ids)
+    )
 
 
 def _answer_length(config: Config, index: int, room: int, token_ids: list[int]) -> int:

@@ -1,4 +1,4 @@
-"""How the ranks of a job meet: one store, a rank for each, and a deadline that names who is missing.
+"""How the ranks of a job meet: a store, a rank for each, and a deadline that names who is missing.
 
 The store is a TCPStore. Its host is torchrun's agent, the agent of our own start, MindSpore's
 scheduler process, or rank 0 (Slurm, MPI). There is no constant port: rank 0 takes a free one and
@@ -10,72 +10,101 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
 from launcher.environment import WorkerEnvironment
 from launcher.failures import RunError
+from launcher.presence import (
+    Place,
+    Presence,
+    is_here,
+    is_running,
+    place_of_process,
+    write_end,
+)
 
 _POLL_S = 0.02
-
-Place = dict[str, str | int]
 
 
 @dataclass(frozen=True)
 class Member:
-    """A rank that has arrived, where it runs, and the store they all share."""
+    """A rank that has arrived, where it runs, and the store they all share.
+
+    Attributes:
+        store_host: who hosts the store, in words.
+    """
 
     store: dist.Store
     rank: int
     size: int
     local_rank: int
     places: list[Place]
-    is_one_host: bool
     hosts_store: bool
+    store_host: str
+
+    @property
+    def is_one_host(self) -> bool:
+        return all(is_here(place) for place in self.places)
+
+    @property
+    def num_core_sharers(self) -> int:
+        """How many ranks, this one included, run on the very cores of this one."""
+        mine = self.places[self.rank]["cores"]
+        return sum(is_here(place) and place["cores"] == mine for place in self.places)
 
 
-def open_store(environment: WorkerEnvironment, timeout_s: float) -> dist.Store:
-    """Connect to the job's store, or host it where that is this process's part.
+class Deadline:
+    """A point in time that every wait of one arrival shares."""
 
-    Raises:
-        RunError: nobody hosts the store within the deadline, or its port is taken.
-    """
-    if environment.store is None:
-        store = _file_announced_store(environment, timeout_s)
-    else:
-        host, _, port = environment.store.rpartition(":")
-        store = _tcp_store(host, int(port), hosts_store(environment), timeout_s)
-    # A job's own prefix: whoever reaches a neighbour's store by mistake meets nobody there.
-    return dist.PrefixStore(f"shardrun/{environment.job}", store)
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self._end = time.monotonic() + timeout_s
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() > self._end
+
+    @property
+    def remaining_s(self) -> float:
+        return max(1.0, self._end - time.monotonic())
+
+
+def arrival_deadline(environment: WorkerEnvironment, timeout_s: float) -> Deadline:
+    """The launcher's deadline or ours, whichever is earlier."""
+    return Deadline(min(timeout_s, environment.start_timeout_s or timeout_s))
 
 
 def join(environment: WorkerEnvironment, timeout_s: float) -> Member:
     """Arrive, get a rank where the launcher gave none, and wait for the others.
 
     Raises:
-        RunError: ranks are missing at the deadline, or two processes claim one rank.
+        RunError: ranks are missing at the deadline, two processes claim one rank, or the store or
+            its host is gone.
     """
     assert environment.size is not None
-    store = open_store(environment, timeout_s)
-    rank = _take_rank(store, environment, timeout_s)
-    places = _wait_for_all(store, environment.size, timeout_s)
-    hosts = [place["host"] for place in places]
-    neighbours = [other for other in range(environment.size) if hosts[other] == hosts[rank]]
-    local_rank = environment.local_rank
+    deadline = arrival_deadline(environment, timeout_s)
+    with _announcement(environment) as path, _named_store_errors(environment):
+        store = open_store(environment, deadline, path)
+        rank = _take_rank(store, environment, deadline)
+        places = _wait_for_places(store, environment.size, deadline)
+    here = [other for other, place in enumerate(places) if is_here(place)]
     return Member(
         store=store,
         rank=rank,
         size=environment.size,
-        local_rank=neighbours.index(rank) if local_rank is None else local_rank,
+        local_rank=here.index(rank) if environment.local_rank is None else environment.local_rank,
         places=places,
-        is_one_host=len(set(hosts)) == 1,
         hosts_store=hosts_store(environment),
+        store_host=_store_host(environment),
     )
 
 
@@ -86,118 +115,183 @@ def host_until_done(environment: WorkerEnvironment, timeout_s: float) -> int:
         0 if all ended well, else 1.
     """
     assert environment.size is not None
-    store = open_store(environment, timeout_s)
-    places = _wait_for_all(store, environment.size, timeout_s)
-    ends = wait_for_ends(store, places)
+    deadline = arrival_deadline(environment, timeout_s)
+    store = open_store(environment, deadline, None)
+    presence = Presence(store, _wait_for_places(store, environment.size, deadline))
+    ends = presence.wait_for_ends()
+    wordless = [rank for rank, end in enumerate(ends) if end is None]
+    if wordless:
+        who = presence.describe(*wordless)
+        print(f"shardrun: scheduler: {who} ended without a word", file=sys.stderr, flush=True)
     return int(any(end is None or end["status"] for end in ends))
 
 
-def say_ended(member: Member, status: int, cause: str) -> None:
-    """Tell the others how this rank ended, and why if the failure began here.
+def say_ended(member: Member, status: int, message: str, *, is_cause: bool) -> None:
+    """Tell the others how this rank ended.
 
     The rank that hosts the store stays until the others have ended too.
     """
     try:
-        member.store.set(f"ended/{member.rank}", json.dumps({"status": status, "cause": cause}))
-    except (RuntimeError, dist.DistError):
+        write_end(member.store, member.rank, status, message, is_cause)
+        if member.hosts_store:
+            Presence(member.store, member.places).wait_for_ends()
+    except dist.DistError:
         return  # the host of the store is gone: nobody is left to be told
-    if member.hosts_store:
-        wait_for_ends(member.store, member.places)
 
 
-def wait_for_ends(store: dist.Store, places: list[Place]) -> list[dict[str, Any] | None]:
-    """How each rank ended; None for one that went without a word."""
-    ends = [read_end(store, rank) for rank in range(len(places))]
-    while any(end is None and is_alive(places[rank]) for rank, end in enumerate(ends)):
+def wait_for(
+    store: dist.Store, what: str, size: int, deadline: Deadline, verb: str = "arrive"
+) -> list[bytes]:
+    """The values of `what/0` to `what/size-1`.
+
+    Raises:
+        RunError: names the ranks that are missing at the deadline, or one that died or was refused
+            while the others wait.
+    """
+    missing = list(range(size))
+    while missing := [rank for rank in missing if not store.check([f"{what}/{rank}"])]:
+        _check_nobody_failed(store, size)
+        if deadline.is_over:
+            numbers = ", ".join(map(str, missing))
+            raise RunError(
+                f"rank {numbers} of {size} did not {verb} within {deadline.timeout_s:g} s; look at "
+                "the logs of those processes"
+            )
         time.sleep(_POLL_S)
-        ends = [read_end(store, rank) for rank in range(len(places))]
-    return ends
-
-
-def read_end(store: dist.Store, rank: int) -> dict[str, Any] | None:
-    """What `say_ended` left for a rank: its `status` and its `cause`."""
-    key = f"ended/{rank}"
-    return json.loads(store.get(key)) if store.check([key]) else None
-
-
-def is_alive(place: Place) -> bool:
-    """Whether a process of this host lives; one of another host is believed to."""
-    if place["host"] != socket.gethostname():
-        return True
-    return process_start(int(place["pid"])) == place["started"]
-
-
-def place_of_process() -> Place:
-    """Where this process runs, in terms that outlive it: a pid alone may be used again."""
-    pid = os.getpid()
-    return {"host": socket.gethostname(), "pid": pid, "started": process_start(pid)}
-
-
-def process_start(pid: int) -> int:
-    """The start time of a living process in clock ticks; 0 if it is gone or a zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0
-    return 0 if fields[0] in "ZX" else int(fields[19])
+    return [store.get(f"{what}/{rank}") for rank in range(size)]
 
 
 def hosts_store(environment: WorkerEnvironment) -> bool:
     """Whether the store lives in this process, and so must outlive the other ranks' use of it."""
     if environment.launcher == "torchrun":
         # Its agent hosts one already, unless an old torchrun leaves that to rank 0.
-        uses_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        return environment.rank == 0 and not uses_agent
+        return environment.rank == 0 and not _uses_agent_store()
     if environment.launcher == "mindspore":
         return environment.is_scheduler
     return environment.rank == 0
 
 
-def _tcp_store(host: str, port: int, is_host: bool, timeout_s: float) -> dist.Store:
+def open_store(
+    environment: WorkerEnvironment, deadline: Deadline, announcement: Path | None
+) -> dist.Store:
+    """Connect to the job's store, or host it where that is this process's part.
+
+    Args:
+        announcement: the file in which rank 0 leaves its port, if there is no other way.
+
+    Raises:
+        RunError: nobody hosts the store before the deadline, or its port is taken.
+    """
+    if announcement is not None:
+        store = _announced_store(announcement, environment.rank == 0, deadline)
+    else:
+        assert environment.store is not None
+        host, _, port = environment.store.rpartition(":")
+        store = _tcp_store(host, int(port), hosts_store(environment), deadline)
+    # A job's own prefix: whoever reaches a neighbour's store by mistake meets nobody there.
+    return dist.PrefixStore(f"shardrun/{environment.job}", store)
+
+
+def _uses_agent_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _store_host(environment: WorkerEnvironment) -> str:
+    if environment.launcher == "mindspore":
+        return "the scheduler"
+    return "torchrun's agent" if _uses_agent_store() else "rank 0"
+
+
+@contextmanager
+def _named_store_errors(environment: WorkerEnvironment) -> Iterator[None]:
+    try:
+        yield
+    except dist.DistError as error:
+        raise RunError(
+            f"the rendezvous is gone: {_store_host(environment)}, which hosts it, ended "
+            f"({_first_line(error)})"
+        ) from error
+
+
+def _tcp_store(host: str, port: int, is_host: bool, deadline: Deadline) -> dist.Store:
+    if not is_host:
+        _wait_for_listener(host, port, deadline)
+    # The host itself needs no name that others know it by, and listens on all its addresses.
     # wait_for_workers=False: torch's own wait would not say who is missing.
     try:
         return dist.TCPStore(
-            host,
+            "127.0.0.1" if is_host else host,
             port,
             is_master=is_host,
-            timeout=timedelta(seconds=timeout_s),
+            timeout=timedelta(seconds=deadline.remaining_s),
             wait_for_workers=False,
         )
     except (RuntimeError, dist.DistError) as error:
         action = "open" if is_host else "reach"
-        reason = str(error).partition("\n")[0][:200]
         raise RunError(
-            f"could not {action} the rendezvous at {host}:{port} within {timeout_s:g} s ({reason})"
+            f"could not {action} the rendezvous at {host}:{port} ({_first_line(error)})"
         ) from error
 
 
-def _file_announced_store(environment: WorkerEnvironment, timeout_s: float) -> dist.Store:
-    """All ranks are on this host: rank 0 takes a free port and writes it where the others look."""
-    path = Path(tempfile.gettempdir()) / f"shardrun-{os.getuid()}-{environment.job}.json"
-    if environment.rank == 0:
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps({"port": store.port, **place_of_process()}))
-        partial.rename(path)
-        return store
-    port = _announced_port(path, time.monotonic() + timeout_s)
-    return _tcp_store("127.0.0.1", port, False, timeout_s)
-
-
-def _announced_port(path: Path, deadline: float) -> int:
-    """Wait for rank 0's file; one that a dead process left is not believed."""
-    while time.monotonic() < deadline:
+def _wait_for_listener(host: str, port: int, deadline: Deadline) -> None:
+    """Knock until somebody listens: torch's own wait cannot be interrupted, and logs every try."""
+    while True:
         try:
+            socket.create_connection((host, port), timeout=deadline.remaining_s).close()
+            return
+        except OSError as error:
+            if deadline.is_over:
+                raise RunError(
+                    f"could not reach the rendezvous at {host}:{port} within "
+                    f"{deadline.timeout_s:g} s ({error}); is its host process running, and is "
+                    "the address right (MASTER_ADDR, MS_SCHED_HOST)?"
+                ) from error
+        time.sleep(5 * _POLL_S)
+
+
+@contextmanager
+def _announcement(environment: WorkerEnvironment) -> Iterator[Path | None]:
+    """The file of the port, where the launcher names no store; gone once all have arrived."""
+    if environment.store is not None:
+        yield None
+        return
+    path = Path(tempfile.gettempdir()) / f"shardrun-{os.getuid()}-{environment.job}.json"
+    try:
+        yield path
+    finally:
+        if environment.rank == 0:
+            path.unlink(missing_ok=True)
+
+
+def _announced_store(path: Path, is_host: bool, deadline: Deadline) -> dist.Store:
+    """All ranks are on this host: rank 0 takes a free port and writes it where the others look."""
+    if not is_host:
+        return _tcp_store("127.0.0.1", _announced_port(path, deadline), False, deadline)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps({"port": store.port, **place_of_process()}))
+    partial.rename(path)
+    return store
+
+
+def _announced_port(path: Path, deadline: Deadline) -> int:
+    """Wait for rank 0's file; one that a dead process or another user left is not believed."""
+    while not deadline.is_over:
+        try:
+            is_ours = path.stat().st_uid == os.getuid()
             announced = json.loads(path.read_text())
         except (OSError, ValueError):
-            announced = None
-        if announced and process_start(announced["pid"]) == announced["started"]:
+            is_ours, announced = False, {}
+        if is_ours and is_here(announced) and is_running(announced):
             return int(announced["port"])
         time.sleep(_POLL_S)
-    raise RunError(f"rank 0 did not start: no rendezvous in {path} before the deadline")
+    raise RunError(
+        f"rank 0 did not arrive within {deadline.timeout_s:g} s: no rendezvous in {path}; look at "
+        "the log of that process"
+    )
 
 
-def _take_rank(store: dist.Store, environment: WorkerEnvironment, timeout_s: float) -> int:
+def _take_rank(store: dist.Store, environment: WorkerEnvironment, deadline: Deadline) -> int:
     """Claim the launcher's rank; where it gave none, the lowest that nobody of the job claims."""
     size = environment.size
     assert size is not None
@@ -206,53 +300,56 @@ def _take_rank(store: dist.Store, environment: WorkerEnvironment, timeout_s: flo
         raise RunError(f"{arrival + 1} workers arrived, but the job has {size}: one is too many")
     claimed = -1 if environment.rank is None else environment.rank
     store.set(f"claim/{arrival}", str(claimed))
-    rank = claimed if claimed >= 0 else _free_rank(store, arrival, size, timeout_s)
+    rank = claimed if claimed >= 0 else _free_rank(store, arrival, size, deadline)
     if store.add(f"taken/{rank}", 1) > 1:
-        raise RunError(f"two workers claim rank {rank}; give each its own RANK_ID")
+        problem = f"two workers claim rank {rank}; give each its own RANK_ID"
+        store.set("refused", problem)
+        raise RunError(problem)
     store.set(f"place/{rank}", json.dumps(place_of_process()))
     return rank
 
 
-def _free_rank(store: dist.Store, arrival: int, size: int, timeout_s: float) -> int:
+def _free_rank(store: dist.Store, arrival: int, size: int, deadline: Deadline) -> int:
     """The n-th unclaimed rank, n being how many without one arrived before."""
-    claims = [int(value) for value in _wait_for("claim", store, size, timeout_s)]
+    while not store.check([f"claim/{index}" for index in range(size)]):
+        _check_nobody_failed(store, size)
+        if deadline.is_over:
+            raise RunError(_too_few(store, size, deadline))
+        time.sleep(_POLL_S)
+    claims = [int(store.get(f"claim/{index}")) for index in range(size)]
     free = sorted(set(range(size)) - set(claims))
     return free[claims[:arrival].count(-1)]
 
 
-def _wait_for_all(store: dist.Store, size: int, timeout_s: float) -> list[Place]:
-    return [json.loads(value) for value in _wait_for("place", store, size, timeout_s)]
+def _too_few(store: dist.Store, size: int, deadline: Deadline) -> str:
+    """Without a rank from the launcher nobody knows who is missing, only how many."""
+    arrived = [index for index in range(size) if store.check([f"claim/{index}"])]
+    claims = [int(store.get(f"claim/{index}")) for index in arrived]
+    ranks = sorted(claim for claim in claims if claim >= 0)
+    listed = f" (rank {', '.join(map(str, ranks))}, and {claims.count(-1)} without a RANK_ID)"
+    return (
+        f"only {len(arrived)} of {size} workers arrived within {deadline.timeout_s:g} s"
+        f"{listed if ranks else ''}; look at the logs of the others"
+    )
 
 
-def _wait_for(what: str, store: dist.Store, size: int, timeout_s: float) -> list[bytes]:
-    """The values of `what/0` to `what/size-1`.
-
-    Raises:
-        RunError: names the ranks that are missing at the deadline, or one that died while waiting.
-    """
-    deadline = time.monotonic() + timeout_s
-    missing = list(range(size))
-    try:
-        while missing := [rank for rank in missing if not store.check([f"{what}/{rank}"])]:
-            _check_arrived(store, size)
-            if time.monotonic() > deadline:
-                numbers = ", ".join(map(str, missing))
-                raise RunError(
-                    f"rank {numbers} of {size} did not arrive within {timeout_s:g} s; "
-                    "look at the logs of those processes"
-                )
-            time.sleep(_POLL_S)
-        return [store.get(f"{what}/{rank}") for rank in range(size)]
-    except dist.DistError as error:
-        raise RunError("the rendezvous is gone: the process that hosts it ended") from error
+def _wait_for_places(store: dist.Store, size: int, deadline: Deadline) -> list[Place]:
+    return [json.loads(value) for value in wait_for(store, "place", size, deadline)]
 
 
-def _check_arrived(store: dist.Store, size: int) -> None:
+def _check_nobody_failed(store: dist.Store, size: int) -> None:
+    """Raises RunError if the job cannot become whole any more."""
+    if store.check(["refused"]):
+        raise RunError(store.get("refused").decode())
     for rank in range(size):
         if store.check([f"place/{rank}"]):
             place = json.loads(store.get(f"place/{rank}"))
-            if not is_alive(place) and read_end(store, rank) is None:
+            if is_here(place) and not is_running(place) and not store.check([f"ended/{rank}"]):
                 raise RunError(
                     f"rank {rank} (host {place['host']}, pid {place['pid']}) ended without a word "
-                    "while others had not arrived yet"
+                    "while the others waited"
                 )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0][:200]

@@ -100,7 +100,9 @@ def check_generation(section: GenerationSection) -> None:
         if value is not None and not is_valid(value):
             raise ConfigError(f"`generation.{key}` must be {rule}, but is {value}.")
     if "" in section.stop:
-        raise ConfigError("`generation.stop` has an empty string, which ends every answer; drop it.")
+        raise ConfigError(
+            "`generation.stop` has an empty string, which ends every answer; drop it."
+        )
     _check_sampling_is_on(section)
 
 

@@ -82,7 +82,9 @@ class TextStream:
     window of undecided tokens is decoded again until it ends in a whole character.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str]
+    ) -> None:
         self._tokenizer = tokenizer
         self._ids = list(prompt_ids)
         self._window = max(0, len(self._ids) - 6)

@@ -1,27 +1,40 @@
 """Watching the other ranks: whoever dies or hangs is named, and nobody waits for it for ever.
 
-A thread in each worker beats into the store twice a second, and looks whether the others still live.
-It works under every launcher, also where no parent watches: hand-set `MS_*`, srun, mpirun.
+A thread in each worker beats into the store twice a second, and looks whether the others live. It
+works under every launcher, also where no parent watches: hand-set `MS_*`, srun, mpirun.
 """
 
 from __future__ import annotations
 
-import os
-import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
-from launcher.failures import EXIT_FAILED
-from launcher.rendezvous import Member, is_alive, read_end
+from launcher.failures import RunError
+from launcher.presence import SILENCE_S, Place, Presence, end_stuck, is_here, write_beat
+from launcher.rendezvous import Member
 
 BEAT_S = 0.5
-# A rank on another host that has been silent for so long is taken for dead.
-SILENCE_S = 6.0
+# A rank whose watch has missed several beats is stopped, not slow.
+_STUCK_S = 4 * BEAT_S
+
+
+class StuckRankError(RunError):
+    """A rank did not answer within the deadline of a collective.
+
+    Attributes:
+        rank: which one; the error is recorded as its own.
+        place: where it runs.
+    """
+
+    def __init__(self, rank: int, place: Place, message: str) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.place = place
 
 
 class Watch:
@@ -29,26 +42,28 @@ class Watch:
 
     Args:
         member: this rank.
-        progress: says how far this rank is, such as its number of collectives.
         on_lost: called from the watching thread with a sentence when a rank is gone; it must end
             the process.
     """
 
-    def __init__(
-        self, member: Member, progress: Callable[[], int], on_lost: Callable[[str], None]
-    ) -> None:
+    def __init__(self, member: Member, on_lost: Callable[[str], None]) -> None:
         self._member = member
-        self._progress = progress
         self._on_lost = on_lost
         # Its own connection: a call that blocks on the worker's would block the beat.
         self._store = member.store.clone()
         self._store.set_timeout(timedelta(seconds=10))
-        self._beats: dict[int, tuple[bytes, float]] = {}
+        self._presence = Presence(self._store, member.places)
+        self._others = [rank for rank in range(member.size) if rank != member.rank]
+        self._progress: Callable[[], int] = int
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
+
+    def follow(self, progress: Callable[[], int]) -> None:
+        """From now on each beat says how far this rank is, such as its number of collectives."""
+        self._progress = progress
 
     def stop(self) -> None:
         """Stop watching, before this rank says how it ended."""
@@ -56,84 +71,97 @@ class Watch:
         self._thread.join()
 
     def describe_failure(self, call: str) -> str:
-        """Why a collective broke: looks for a dead rank for a moment, then for the slowest."""
-        deadline = time.monotonic() + 2 * BEAT_S
-        while time.monotonic() < deadline:
-            lost = self.lost_ranks()
-            if lost:
-                return f"{call} broke because {self._sentence(lost)}"
-            time.sleep(0.05)
-        return f"{call} broke; {self._behind()}"
+        """Why a collective broke: a rank that is gone.
 
-    def lost_ranks(self) -> list[int]:
-        """Ranks that failed by themselves, are gone without a word, or are silent for SILENCE_S."""
-        others = [rank for rank in range(self._member.size) if rank != self._member.rank]
-        return [rank for rank in others if self._is_lost(rank)]
+        Raises:
+            StuckRankError: all live, and one is behind the others.
+        """
+        try:
+            return f"{call} broke: {self._wait_for_lost() or self._find_stuck(call)}"
+        except dist.DistError:
+            return f"{call} broke: {self._store_sentence()}"
 
     def _run(self) -> None:
         while not self._stopped.wait(BEAT_S):
-            try:
-                self._store.set(f"beat/{self._member.rank}", f"{time.time()} {self._progress()}")
-                lost = self.lost_ranks()
-            except (RuntimeError, dist.DistError):
-                self._end("the rendezvous store is gone: its host process ended")
-                return
-            if lost:
-                self._end(self._sentence(lost))
+            sentence = self._look()
+            # A rank that is about to fail by itself has a moment to tell a better story.
+            if sentence and not self._stopped.wait(3 * BEAT_S):
+                self._on_lost(sentence)
                 return
 
-    def _end(self, sentence: str) -> None:
-        # A rank that is about to fail by itself has a moment to tell a better story.
-        if not self._stopped.wait(3 * BEAT_S):
-            self._on_lost(sentence)
+    def _look(self) -> str:
+        """Beat, and say which rank is lost."""
+        try:
+            write_beat(self._store, self._member.rank, self._progress())
+            return self._lost_sentence()
+        except dist.DistError:
+            return self._store_sentence()
 
-    def _is_lost(self, rank: int) -> bool:
-        end = read_end(self._store, rank)
-        if end is not None:
-            return bool(end["cause"])
-        place = self._member.places[rank]
-        if place["host"] == socket.gethostname():
-            return not is_alive(place)
-        return self._silence_s(rank) > SILENCE_S
+    def _wait_for_lost(self) -> str:
+        """Whoever broke a collective is soon known as gone; on another machine it takes longer."""
+        all_here = all(is_here(place) for place in self._member.places)
+        deadline = time.monotonic() + (2 * BEAT_S if all_here else SILENCE_S + 2 * BEAT_S)
+        while time.monotonic() < deadline:
+            if sentence := self._lost_sentence():
+                return sentence
+            time.sleep(0.05)
+        return ""
 
-    def _silence_s(self, rank: int) -> float:
-        """Seconds on our own clock since the rank's beat last changed."""
-        key = f"beat/{rank}"
-        beat = self._store.get(key) if self._store.check([key]) else b""
-        seen, since = self._beats.get(rank, (None, 0.0))
-        if beat != seen:
-            self._beats[rank] = (beat, time.monotonic())
-            return 0.0
-        return time.monotonic() - since
+    def _lost_sentence(self) -> str:
+        """Leads with the rank where it began, then with what one heard of it; "" if all is well."""
+        ends = {rank: self._presence.end(rank) for rank in self._others}
+        failed = {rank: end for rank, end in ends.items() if end and end["status"]}
+        for rank, end in failed.items():
+            if end["is_cause"]:
+                return f"rank {rank} failed: {end['message']}"
+        wordless = [rank for rank in self._others if not ends[rank] and not self._lives(rank)]
+        if wordless and not failed:
+            return f"{self._presence.describe(*wordless)} ended without a word"
+        return next((_heard(rank, end) for rank, end in failed.items()), "")
 
-    def _behind(self) -> str:
-        """The ranks that have entered the fewest collectives: the others wait for them."""
-        counts = {rank: self._count(rank) for rank in range(self._member.size)}
+    def _lives(self, rank: int) -> bool:
+        # Between our two questions it may have ended in good order.
+        return self._presence.is_alive(rank) or self._presence.end(rank) is not None
+
+    def _find_stuck(self, call: str) -> str:
+        silent = self._silent_ranks()
+        counts = {rank: self._presence.progress(rank) for rank in self._others}
+        counts[self._member.rank] = self._progress()
         fewest = min(counts.values())
         behind = [rank for rank, count in counts.items() if count == fewest]
-        if len(behind) == len(counts):
-            return "no rank is behind the others"
-        numbers = ", ".join(map(str, behind))
-        return f"it waits for rank {numbers}, which entered only {fewest} collectives"
+        if silent:
+            stuck, reason = silent, "it no longer runs"
+        elif len(behind) < len(counts):
+            stuck, reason = behind, f"it entered only {fewest} collectives"
+        else:
+            return "all ranks live, and none is behind the others"
+        raise self._stuck_error(call, sorted(stuck), reason)
 
-    def _count(self, rank: int) -> int:
-        if rank == self._member.rank:
-            return self._progress()
-        key = f"beat/{rank}"
-        return int(self._store.get(key).split()[1]) if self._store.check([key]) else 0
+    def _silent_ranks(self) -> list[int]:
+        """Ranks whose watch does not beat either: stopped by a signal, or in a call that hangs."""
+        deadline = time.monotonic() + _STUCK_S
+        while time.monotonic() < deadline:
+            for rank in self._others:
+                self._presence.silence_s(rank)
+            time.sleep(0.1)
+        return [rank for rank in self._others if self._presence.silence_s(rank) > 0.7 * _STUCK_S]
 
-    def _sentence(self, lost: list[int]) -> str:
-        """Leads with a rank that said why; the others ended without a word."""
-        for rank in lost:
-            end = read_end(self._store, rank)
-            if end is not None:
-                return f"rank {rank} failed: {end['cause']}"
-        place = self._member.places[lost[0]]
-        numbers = ", ".join(map(str, lost))
-        return f"rank {numbers} (host {place['host']}, pid {place['pid']}) ended without a word"
+    def _stuck_error(self, call: str, stuck: list[int], reason: str) -> StuckRankError:
+        for rank in stuck if reason == "it no longer runs" else ():
+            end_stuck(self._member.places[rank])
+        who = self._presence.describe(*stuck)
+        message = (
+            f"{who} did not answer: {call} of rank {self._member.rank} waited for it; {reason}"
+        )
+        return StuckRankError(stuck[0], self._member.places[stuck[0]], message)
+
+    def _store_sentence(self) -> str:
+        host = self._member.store_host
+        if host == "rank 0":
+            host = self._presence.describe(0)
+        return f"{host}, which hosts the rendezvous, ended without a word"
 
 
-def end_process(sentence: str) -> None:
-    """Leave at once, also from inside a collective that would never return."""
-    print(f"shardrun: {sentence}", file=sys.stderr, flush=True)
-    os._exit(EXIT_FAILED)
+def _heard(rank: int, end: dict[str, Any]) -> str:
+    """What a rank said that failed because of another; its own sentence names that one."""
+    return f"{end['message']} (said rank {rank})"

@@ -7,8 +7,10 @@ torchrun, MindSpore, Slurm or MPI start.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TextIO
@@ -27,36 +29,48 @@ from launcher.failures import (
 )
 from launcher.job import Job, first_difference
 from launcher.rank import Rank
-from launcher.rendezvous import Member, join, say_ended
+from launcher.rendezvous import (
+    Deadline,
+    Member,
+    arrival_deadline,
+    join,
+    say_ended,
+    wait_for,
+)
 from launcher.run_dir import RunDir
 from launcher.tasks import rank_task
-from launcher.watch import Watch, end_process
+from launcher.watch import StuckRankError, Watch
 from parallel.errors import PeerError
 from parallel.group import Group, LoneGroup, TorchGroup
+
+# What a rank does with its error before it leaves; returns its exit status.
+Recorder = Callable[[BaseException], int]
 
 
 def run_started(run_path: str, job_hash: str, started_at: float) -> None:
     """Entry point of a rank that we started: its output goes to its log, its error to a record."""
-    run_dir = RunDir(Path(run_path))
-    console = _redirect_output(run_dir.log(int(os.environ["RANK"])))
-    member = join(detect(os.environ), timeout_s=60)
+    run_dir, rank = RunDir(Path(run_path)), int(os.environ["RANK"])
+    console = _redirect_output(run_dir.log(rank))
 
     def record(error: BaseException) -> int:
-        found = ErrorRecord.of(member.rank, error)
+        found = _record(rank, error)
         print(found.traceback, file=sys.stderr)
-        found.write(run_dir.error(member.rank))
+        found.write(run_dir.error(rank))
         return EXIT_FAILED
 
-    def work() -> None:
-        _do_task(member, run_dir.read_job(job_hash), run_dir, console, started_at)
-
-    status = _live(member, work, record)
-    if status:
-        _leave(status)
+    try:
+        job = run_dir.read_job(job_hash)
+        member = join(detect(os.environ), job.config.parallel.start_timeout_s)
+    except BaseException as error:
+        _leave(record(error))
+    _live(member, lambda watch: _do_task(member, watch, job, run_dir, console, started_at), record)
 
 
 def run_external(
-    environment: WorkerEnvironment, make_job: Callable[[], Job], started_at: float
+    environment: WorkerEnvironment,
+    make_job: Callable[[], Job],
+    started_at: float,
+    start_timeout_s: float = 300.0,
 ) -> int:
     """Entry point of a rank that somebody else started: its output is theirs to collect.
 
@@ -66,31 +80,52 @@ def run_external(
     Returns:
         0; a failed rank leaves the process with its status.
     """
-    member = join(environment, environment.start_timeout_s or 300.0)
+    member = join(environment, start_timeout_s)
 
-    def work() -> None:
-        job, run_dir = _agree(member, make_job)
-        _do_task(member, job, run_dir, sys.stderr, started_at)
+    def work(watch: Watch) -> None:
+        job, run_dir = _agree(member, make_job, arrival_deadline(environment, start_timeout_s))
+        _do_task(member, watch, job, run_dir, sys.stderr, started_at)
 
-    status = _live(member, work, lambda error: _report(member, error))
-    if status:
-        _leave(status)
-    return status
+    _live(member, work, lambda error: _report(member, error))
+    return 0
 
 
-def _live(
-    member: Member, work: Callable[[], None], record: Callable[[BaseException], int]
-) -> int:
+def _live(member: Member, work: Callable[[Watch], None], record: Recorder) -> None:
     """Work, and tell the others how it ended: what failed first must be known before we leave."""
-    status, cause = 0, ""
+    watch = Watch(member, lambda sentence: _end(member, PeerError(sentence), record))
+    watch.start()
     try:
-        work()
+        work(watch)
     except BaseException as error:
-        status = record(error)
-        # Who failed because of another has nothing to tell: the other one is the cause.
-        cause = "" if isinstance(error, PeerError) else f"{type(error).__name__}: {error}"
-    say_ended(member, status, cause)
-    return status
+        error = _explained(error, watch)
+        watch.stop()
+        _end(member, error, record)
+    watch.stop()
+    say_ended(member, 0, "", is_cause=False)
+
+
+def _explained(error: BaseException, watch: Watch) -> BaseException:
+    """A message to the rendezvous that fails is another process's failure."""
+    if not isinstance(error, dist.DistError):
+        return error
+    try:
+        return PeerError(watch.describe_failure("a message to the rendezvous"))
+    except StuckRankError as stuck:
+        return stuck
+
+
+def _end(member: Member, error: BaseException, record: Recorder) -> None:
+    """Leave with an error, also from inside a collective that would never return."""
+    status = record(error)
+    # Who failed because of another says what it saw, and is not taken for the cause.
+    is_cause = not isinstance(error, PeerError)
+    message = str(error) if isinstance(error, PeerError | StuckRankError) else _named(error)
+    say_ended(member, status, message, is_cause=is_cause)
+    _leave(status)
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _leave(status: int) -> None:
@@ -101,19 +136,13 @@ def _leave(status: int) -> None:
 
 
 def _do_task(
-    member: Member, job: Job, run_dir: RunDir, console: TextIO, started_at: float
+    member: Member, watch: Watch, job: Job, run_dir: RunDir, console: TextIO, started_at: float
 ) -> None:
-    share_cores(_num_local_ranks(member))
+    share_cores(member.num_core_sharers)
     device = resolve_device(job.config.device, member.local_rank)
-    groups: list[Group] = []
-    watch = Watch(member, lambda: sum(groups[0].counts.values()) if groups else 0, end_process)
-    watch.start()
-    try:
-        groups.append(_open_group(member, device, job.config.parallel.timeout_s, watch))
-        rank = Rank(job, groups[0], device, run_dir, console, started_at)
-        rank_task(job.config.task.name)(rank)
-    finally:
-        watch.stop()
+    group = _open_group(member, device, job.config.parallel.timeout_s, watch)
+    watch.follow(lambda: sum(group.counts.values()))
+    rank_task(job.config.task.name)(Rank(job, group, device, run_dir, console, started_at))
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -124,21 +153,20 @@ def _open_group(member: Member, device: torch.device, timeout_s: float, watch: W
     if member.is_one_host:
         # gloo would look up the host's name, which containers often cannot.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore("group", member.store),
-        rank=member.rank,
-        world_size=member.size,
-        timeout=timedelta(seconds=timeout_s),
-    )
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore("group", member.store),
+            rank=member.rank,
+            world_size=member.size,
+            timeout=timedelta(seconds=timeout_s),
+        )
+    except RuntimeError as error:
+        raise PeerError(watch.describe_failure("connecting the ranks")) from error
     return TorchGroup(watch.describe_failure)
 
 
-def _num_local_ranks(member: Member) -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", member.size if member.is_one_host else 1))
-
-
-def _agree(member: Member, make_job: Callable[[], Job]) -> tuple[Job, RunDir]:
+def _agree(member: Member, make_job: Callable[[], Job], deadline: Deadline) -> tuple[Job, RunDir]:
     """All ranks hold rank 0's job, or all end with the sentence of the first that does not."""
     job, problem = None, ""
     try:
@@ -148,9 +176,9 @@ def _agree(member: Member, make_job: Callable[[], Job]) -> tuple[Job, RunDir]:
     except USER_ERRORS as error:
         problem = str(error)
     if member.rank == 0 and problem:
-        member.store.set("job", "")
-    problem = problem or _compare(member, job)
-    _exchange_verdicts(member, problem)
+        member.store.set("job/0", "")
+    problem = problem or _compare(member, job, deadline)
+    _exchange_verdicts(member, problem, deadline)
     run_dir = RunDir(Path(member.store.get("run_dir").decode()))
     texts = (member.store.get(f"job/{part}").decode() for part in ("config", "prompts"))
     return Job.from_texts(*texts), run_dir
@@ -161,25 +189,27 @@ def _publish(member: Member, job: Job) -> None:
     member.store.set("run_dir", str(run_dir.path))
     member.store.set("job/config", job.config_text())
     member.store.set("job/prompts", job.prompts_text())
-    member.store.set("job", "published")
+    member.store.set("job/0", "published")
 
 
-def _compare(member: Member, job: Job | None) -> str:
+def _compare(member: Member, job: Job | None, deadline: Deadline) -> str:
     assert job is not None
-    if not member.store.get("job"):
+    if not wait_for(member.store, "job", 1, deadline, "read its job")[0]:
         return ""
     theirs = Job.from_texts(member.store.get("job/config").decode(), "")
     difference = first_difference(job.config, theirs.config)
-    return f"the configuration must be the same on every rank, but {difference}" if difference else ""
+    rule = "the configuration must be the same on every rank"
+    return f"{rule}, but {difference}" if difference else ""
 
 
-def _exchange_verdicts(member: Member, problem: str) -> None:
+def _exchange_verdicts(member: Member, problem: str, deadline: Deadline) -> None:
     """Raises ConfigError on every rank if any has a problem."""
     member.store.set(f"verdict/{member.rank}", problem)
-    for rank in range(member.size):
-        verdict = member.store.get(f"verdict/{rank}").decode()
+    for rank, verdict in enumerate(
+        wait_for(member.store, "verdict", member.size, deadline, "read its job")
+    ):
         if verdict:
-            raise ConfigError(f"rank {rank}: {verdict}")
+            raise ConfigError(f"rank {rank}: {verdict.decode()}")
 
 
 def _redirect_output(log: Path) -> TextIO:
@@ -195,16 +225,35 @@ def _redirect_output(log: Path) -> TextIO:
 
 def _report(member: Member, error: BaseException) -> int:
     """Say on stderr how this rank ended; the user's own mistakes are said by rank 0 alone."""
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
     if isinstance(error, USER_ERRORS):
         if member.rank == 0:
             print(f"shardrun: {error}", file=sys.stderr, flush=True)
         return EXIT_USER
+    record = _record(member.rank, error)
+    _say(member, record)
     _tell_torchrun(error)
-    record = ErrorRecord.of(member.rank, error)
-    print(f"shardrun: {record}", file=sys.stderr, flush=True)
     if not record.is_consequence:
         print(record.traceback, file=sys.stderr, flush=True)
     return EXIT_FAILED
+
+
+def _record(rank: int, error: BaseException) -> ErrorRecord:
+    """The record of an error; one that another rank brought about by hanging is that rank's."""
+    record = ErrorRecord.of(rank, error)
+    if isinstance(error, StuckRankError):
+        place = error.place
+        record = replace(record, rank=error.rank, host=place["host"], pid=place["pid"])
+    return record
+
+
+def _say(member: Member, record: ErrorRecord) -> None:
+    """A consequence leads with the rank that it comes from."""
+    said_by = f" (said rank {member.rank})"
+    is_about_other = record.is_consequence or record.rank != member.rank
+    line = record.message + said_by if is_about_other else str(record)
+    print(f"shardrun: {line}", file=sys.stderr, flush=True)
 
 
 def _tell_torchrun(error: BaseException) -> None:

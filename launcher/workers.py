@@ -30,20 +30,18 @@ def run_workers(run_dir: RunDir, size: int, started_at: float) -> int:
     """Run the job of a run directory on `size` ranks of this host.
 
     Returns:
-        0, or 2 where a rank refused the user's input.
+        0; 2 where a rank refused the user's input; 130 or 143 where a signal ended the run.
 
     Raises:
         RunError: a rank failed; leads with the first.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     from launcher.worker import run_started
 
-    # Its own report names an arbitrary rank; ours is made from the records that the ranks left.
-    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    _silence_elastic()
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -61,7 +59,16 @@ def run_workers(run_dir: RunDir, size: int, started_at: float) -> int:
         elastic_launch(settings, run_started)(str(run_dir.path), run_dir.job_hash(), started_at)
     except ChildFailedError as error:
         return _explain(run_dir, error.failures)
+    except SignalException as error:
+        return 128 + error.sigval
     return 0
+
+
+def _silence_elastic() -> None:
+    """Its own report names an arbitrary rank; ours is made from the records that the ranks left."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _explain(run_dir: RunDir, failures: dict[int, Any]) -> int:

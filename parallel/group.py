@@ -177,21 +177,24 @@ class TorchGroup(Group):
 
 
 class _Meeting:
-    """Where the threads of a ThreadGroup lay down their tensors and pick up the others'."""
+    """Where the threads of a ThreadGroup lay down their tensors and pick up the others'.
+
+    Two tables are used in turn: a rank that lays down for the exchange after next has passed the
+    next barrier, and so everybody has picked up from this one.
+    """
 
     def __init__(self, size: int, timeout_s: float) -> None:
-        self.slots: list[Tensor | None] = [None] * size
+        self.tables: tuple[dict[int, Tensor], ...] = ({}, {})
         self.mailboxes: dict[tuple[int, int], Tensor] = {}
         self.mail = threading.Condition()
         self.barrier = threading.Barrier(size, timeout=timeout_s)
         self.timeout_s = timeout_s
 
-    def exchange(self, rank: int, x: Tensor) -> list[Tensor]:
-        self.slots[rank] = x.clone()
+    def exchange(self, rank: int, turn: int, x: Tensor) -> list[Tensor]:
+        table = self.tables[turn % 2]
+        table[rank] = x.clone()
         self.barrier.wait()
-        parts = [part for part in self.slots if part is not None]
-        self.barrier.wait()
-        return [part.clone() for part in parts]
+        return [table[other].clone() for other in range(self.barrier.parties)]
 
 
 class ThreadGroup(Group):
@@ -203,6 +206,7 @@ class ThreadGroup(Group):
     def __init__(self, rank: int, size: int, meeting: _Meeting) -> None:
         super().__init__(rank, size)
         self._meeting = meeting
+        self._turn = 0
 
     @staticmethod
     def run(size: int, function: Callable[[Group], T], timeout_s: float = 120) -> list[T]:
@@ -228,10 +232,11 @@ class ThreadGroup(Group):
         return results  # type: ignore[return-value]  # no error: every rank has left a result
 
     def _all_reduce(self, x: Tensor, op: str) -> Tensor:
-        return _reduced(self._meeting.exchange(self.rank, x), op)
+        return _reduced(self._all_gather(x), op)
 
     def _all_gather(self, x: Tensor) -> list[Tensor]:
-        return self._meeting.exchange(self.rank, x)
+        self._turn += 1
+        return self._meeting.exchange(self.rank, self._turn, x)
 
     def _send(self, x: Tensor, destination: int) -> None:
         with self._meeting.mail:

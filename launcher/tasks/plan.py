@@ -66,7 +66,9 @@ def _workload(config: Config, model: ModelConfig) -> Workload:
     context = model.max_position_embeddings
     length = config.plan.max_length or min(context, _DEFAULT_LENGTH)
     if not 1 <= length <= context:
-        raise ConfigError(f"`plan.max_length` must be 1 to {context} (the context), but is {length}.")
+        raise ConfigError(
+            f"`plan.max_length` must be 1 to {context} (the context), but is {length}."
+        )
     for key in ("batch_size", "bandwidth_gb_s"):
         value = getattr(config.plan, key)
         if value is not None and value <= 0:
@@ -125,7 +127,17 @@ def _print_sizes(
     layout: Layout, sizes: list[int], workload: Workload, bandwidth: float, config: Config
 ) -> None:
     measured = "given" if config.plan.bandwidth_gb_s else "measured here, all cores"
-    rows = [("tp", "weights", "KV cache", "temporaries", "total GB a rank", "GB on disk", "decode tok/s at most")]
+    rows = [
+        (
+            "tp",
+            "weights",
+            "KV cache",
+            "temporaries",
+            "total GB a rank",
+            "GB on disk",
+            "decode tok/s at most",
+        )
+    ]
     reasons = []
     for tp in sizes:
         reason = unsupported_reason(layout.config, tp)
@@ -138,7 +150,9 @@ def _print_sizes(
         rows.append((str(tp), *map(_gb, (*_columns(plan), disk)), speed))
     print()
     _print_table(rows)
-    print(f"\ndecode: bytes read a token over {bandwidth:.1f} GB/s ({measured}); communication not counted")
+    print(
+        f"\ndecode: bytes read a token over {bandwidth:.1f} GB/s ({measured}); communication not counted"
+    )
     print("\n".join([*reasons, f"valid tp sizes: {_join(layout.config.valid_tp_sizes())}"]))
 
 
@@ -194,7 +208,9 @@ def _patterns(tensors: Iterable[StoredTensor]) -> list[tuple[str, int, StoredTen
 def _print_table(rows: list[tuple[str, ...]]) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        )
 
 
 def _shape(shape: Iterable[int]) -> str:

@@ -87,9 +87,7 @@ def _parallel_run(rank: Rank, checkpoint: Checkpoint) -> tuple[_Run | None, torc
     return (_Run(answers, logits) if rank.group.rank == 0 else None), decoder.dtype
 
 
-def _run_alone(
-    rank: Rank, checkpoint: Checkpoint, scheme: QuantScheme, texts: Answers
-) -> _Run:
+def _run_alone(rank: Rank, checkpoint: Checkpoint, scheme: QuantScheme, texts: Answers) -> _Run:
     group: Group = LoneGroup()
     decoder, _ = load_decoder(rank.job, checkpoint, group, rank.device, scheme=scheme)
     answers = _answers(rank.job, checkpoint, decoder)
@@ -171,10 +169,16 @@ def _nll(run: _Run, texts: Answers) -> float:
 
 
 def _write(rank: Rank, comparisons: list[Comparison]) -> None:
-    report = {"task": "verify", "tp": rank.group.size, "comparisons": list(map(asdict, comparisons))}
+    report = {
+        "task": "verify",
+        "tp": rank.group.size,
+        "comparisons": list(map(asdict, comparisons)),
+    }
     rank.run_dir.report.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     line = "{:22} {:>14} {:>16} {:>16} {:>12}".format
-    print(line("compared with", "equal answers", "max logit delta", "mean logit delta", "NLL delta"))
+    print(
+        line("compared with", "equal answers", "max logit delta", "mean logit delta", "NLL delta")
+    )
     for item in comparisons:
         print(
             line(

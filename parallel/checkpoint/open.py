@@ -175,5 +175,3 @@ def _prepared_dtype(source: PreparedSource) -> Callable[[str], str]:
         return info.dtype if info else "missing"
 
     return dtype_of
-
-

@@ -36,9 +36,7 @@ def load_rank(
 ) -> dict[str, Weight]:
     """This rank's slice of every tensor, by checkpoint name, floats in the compute dtype."""
     return {
-        row.name: _place(
-            read_weight(layout, source, row, row.index(rank, size)), dtype, device
-        )
+        row.name: _place(read_weight(layout, source, row, row.index(rank, size)), dtype, device)
         for row in layout.table.values()
     }
 

@@ -48,5 +48,7 @@ _LLAMA3_KEYS = ["factor", "low_freq_factor", "high_freq_factor", "original_max_p
 def _number(value: dict[str, object], key: str, source: str) -> float:
     number = value.get(key)
     if not isinstance(number, int | float) or isinstance(number, bool) or number <= 0:
-        raise ModelError(f"{source}: rope_scaling.{key} must be a number above 0, but is {number!r}.")
+        raise ModelError(
+            f"{source}: rope_scaling.{key} must be a number above 0, but is {number!r}."
+        )
     return number

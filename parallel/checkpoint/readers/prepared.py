@@ -154,9 +154,7 @@ def _cover(shape: Shape, shards: list[_Shard]) -> bool:
 
 
 def _contains(outer: Index, inner: Index) -> bool:
-    return all(
-        a.start <= b.start and b.stop <= a.stop for a, b in zip(outer, inner, strict=True)
-    )
+    return all(a.start <= b.start and b.stop <= a.stop for a, b in zip(outer, inner, strict=True))
 
 
 def _intersection(first: Index, second: Index) -> Index | None:

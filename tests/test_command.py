@@ -1,0 +1,241 @@
+"""The command itself, as its users start it: plain, under torchrun, with hand-set `MS_*`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "launcher"]
+ROOT = Path(__file__).resolve().parents[1]
+LONG = ("prompt=The code of room", "generation.max_new_tokens=490", "generation.ignore_eos=true")
+TIMEOUT_S = 120
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
+
+
+def start(folder: Path, *arguments: str, command=COMMAND, **variables: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [*command, *arguments],
+        cwd=folder,
+        env=environment(**variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(folder: Path, *arguments: str, **how) -> subprocess.CompletedProcess:
+    process = start(folder, *arguments, **how)
+    out, err = process.communicate(timeout=TIMEOUT_S)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def run_dir(folder: Path) -> Path:
+    (found,) = folder.glob("outputs/*/*")
+    return found
+
+
+def results(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir(folder) / "result.jsonl").open()]
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def workers_of(pid: int) -> list[int]:
+    """Pids of the ranks: grandchildren of the launcher, children of its forkserver."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            parents[int(entry.name)] = int(fields[1])
+    children = {child for child, parent in parents.items() if parent == pid}
+    return sorted(child for child, parent in parents.items() if parent in children)
+
+
+def wait_for_text(process: subprocess.Popen) -> str:
+    """Block until a first piece of the answer has come: the ranks are in the decode loop then."""
+    return process.stdout.read(60)
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return True
+    return state in "ZX"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """`shardrun` without arguments."""
+    folder = tmp_path_factory.mktemp("plain")
+    return folder, run(folder)
+
+
+def test_no_arguments_generate_from_the_demo_with_two_ranks(plain):
+    folder, done = plain
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith("'text_generation_text': [") for line in lines)
+    assert any("I love Beijing, because" in line for line in lines)
+    report = json.loads((run_dir(folder) / "report.json").read_text())
+    assert report["tp"] == 2
+    assert report["prefill_tokens"] > 0
+    assert report["decode_tokens_per_s"] > 0
+
+
+def test_run_directory_holds_what_a_run_leaves(plain):
+    folder, _ = plain
+    names = {path.name for path in run_dir(folder).iterdir()}
+    assert names == {
+        "run.yaml", "prompts.jsonl", "result.jsonl", "report.json", "rank_0.log", "rank_1.log",
+    }  # fmt: skip
+    keys = {"index", "id", "prompt", "text", "token_ids", "finish_reason"}
+    assert all(entry.keys() == keys for entry in results(folder))
+
+
+def test_run_yaml_starts_the_same_run_again(plain, tmp_path):
+    folder, _ = plain
+    done = run(tmp_path, "generate", f"config={run_dir(folder) / 'run.yaml'}")
+    assert done.returncode == 0, done.stderr
+    assert sorted(results(tmp_path), key=str) == sorted(results(folder), key=str)
+
+
+def test_torchrun_gives_the_same_text_printed_once(plain, tmp_path):
+    folder, _ = plain
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                "--nproc-per-node", "2", "-m", "launcher"]  # fmt: skip
+    done = run(tmp_path, "task=generate", command=torchrun)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == sorted(plain[1].stdout.splitlines())
+    assert sorted(results(tmp_path), key=str) == sorted(results(folder), key=str)
+
+
+def start_mindspore(folder: Path, size: int, *arguments: str, with_rank_id: bool = True):
+    """A scheduler and its workers, each with hand-set variables; returns them in that order."""
+    shared = {
+        "MS_WORKER_NUM": str(size), "MS_SCHED_HOST": "127.0.0.1",
+        "MS_SCHED_PORT": str(free_port()), "MS_TOPO_TIMEOUT": "60",
+    }  # fmt: skip
+    scheduler = start(folder, *arguments, MS_ROLE="MS_SCHED", RANK_ID="0", **shared)
+    ranks = ({"RANK_ID": str(rank)} if with_rank_id else {} for rank in range(size))
+    return [
+        scheduler,
+        *(start(folder, *arguments, MS_ROLE="MS_WORKER", **shared, **rank) for rank in ranks),
+    ]
+
+
+@pytest.mark.parametrize("with_rank_id", [True, False], ids=["RANK_ID", "ranks handed out"])
+def test_hand_set_mindspore_variables_give_the_same_text(plain, tmp_path, with_rank_id):
+    processes = start_mindspore(tmp_path, 2, "task=generate", with_rank_id=with_rank_id)
+    ended = [process.communicate(timeout=TIMEOUT_S) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], ended
+    printed = "".join(out for out, _ in ended)
+    assert sorted(printed.splitlines()) == sorted(plain[1].stdout.splitlines())
+
+
+def test_prepare_then_generate_on_any_number_of_ranks(tmp_path):
+    done = run(tmp_path, "prepare", "quant=rtn_a16w8", "parallel.tp=2", "output=w8")
+    assert done.returncode == 0, done.stderr
+    texts = []
+    for folder, more in (("a", ()), ("b", ("parallel.tp=1",))):
+        (tmp_path / folder).mkdir()
+        arguments = ("checkpoint=../w8", "dtype=float32", "prompt=The code of", *more)
+        done = run(tmp_path / folder, "generate", *arguments)
+        assert done.returncode == 0, done.stderr
+        texts.append(done.stdout)
+    assert texts[0] == texts[1]
+
+
+def test_verify_compares_with_one_rank_and_with_the_original(tmp_path):
+    done = run(tmp_path, "verify", "quant=rtn_a16w8", "dtype=float32", "parallel.tp=2")
+    assert done.returncode == 0, done.stderr
+    single, original = json.loads((run_dir(tmp_path) / "report.json").read_text())["comparisons"]
+    assert single["equal_answers"] == single["num_prompts"] == 3
+    assert single["max_logit_delta"] < 1e-3
+    assert 1e-3 < original["max_logit_delta"] < 5
+
+
+def test_worker_request_of_mindspore_starts_so_many_ranks_and_says_so(tmp_path):
+    done = run(tmp_path, "prompt=The dog", MS_WORKER_NUM="4")
+    assert done.returncode == 0, done.stderr
+    assert "MS_WORKER_NUM=4 is set: starting 4 ranks" in done.stderr
+    assert json.loads((run_dir(tmp_path) / "report.json").read_text())["tp"] == 4
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_killed_worker_is_named_and_nothing_is_left(tmp_path, rank):
+    segments = set(os.listdir("/dev/shm"))
+    process = start(tmp_path, *LONG)
+    wait_for_text(process)
+    workers = workers_of(process.pid)
+    assert len(workers) == 2
+    os.kill(workers[rank], signal.SIGKILL)
+    killed_at = time.monotonic()
+    _, err = process.communicate(timeout=30)
+    assert time.monotonic() - killed_at < 10
+    assert process.returncode == 1
+    assert "was ended by signal 9 (SIGKILL)" in err.splitlines()[0]
+    assert f"(pid {workers[rank]})" in err.splitlines()[0]
+    assert all(is_gone(pid) for pid in workers)
+    assert set(os.listdir("/dev/shm")) == segments
+
+
+def test_survivors_of_hand_set_variables_notice_by_themselves(tmp_path):
+    processes = start_mindspore(tmp_path, 2, "task=generate", *LONG)
+    wait_for_text(processes[1])
+    os.kill(processes[2].pid, signal.SIGKILL)
+    killed_at = time.monotonic()
+    ended = [process.communicate(timeout=30) for process in processes]
+    assert time.monotonic() - killed_at < 10
+    assert [process.returncode for process in processes] == [1, 1, -signal.SIGKILL]
+    assert f"rank 1 (host {socket.gethostname()}, pid {processes[2].pid})" in ended[1][1]
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_to_the_launcher_ends_the_ranks(tmp_path, sent, status):
+    process = start(tmp_path, *LONG)
+    wait_for_text(process)
+    workers = workers_of(process.pid)
+    process.send_signal(sent)
+    process.communicate(timeout=30)
+    assert process.returncode == status
+    assert all(is_gone(pid) for pid in workers)
+
+
+def test_two_runs_at_once_do_not_meet(plain, tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    processes = [start(folder) for folder in folders]
+    for process in processes:
+        out, err = process.communicate(timeout=TIMEOUT_S)
+        assert process.returncode == 0, err
+        assert sorted(out.splitlines()) == sorted(plain[1].stdout.splitlines())
+
+
+def test_reader_that_leaves_does_not_fail_the_run(tmp_path):
+    process = start(tmp_path, *LONG)
+    process.stdout.read(10)
+    process.stdout.close()
+    process.stderr.read()
+    assert process.wait(timeout=60) == 0
+    assert len(results(tmp_path)) == 1
