@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 from launcher.config import GROUPS, group_options, keys
@@ -47,7 +48,7 @@ def _task_page(name: str) -> str:
     wanted = tuple(f"{section}." for section in sections)
     return (
         f"usage: shardrun {name} [key=value …]\n\n{text}\n\n"
-        f"{_keys(lambda key: '.' not in key or key.startswith(wanted))}"
+        f"{_keys(lambda key: '.' not in key)}\n\n{_keys(lambda key: key.startswith(wanted))}"
     )
 
 
@@ -56,13 +57,12 @@ def _keys(is_wanted: Any) -> str:
 
 
 def _line(key: str, item: dataclasses.Field[Any]) -> str:
-    made = item.default is dataclasses.MISSING and item.default_factory is not dataclasses.MISSING
-    default = item.default_factory() if made else item.default  # type: ignore[misc]
-    shown = {None: "null", True: "true", False: "false"}.get(
-        default if _plain(default) else "", default
-    )
-    return f"  {key + '=' + str(shown):44} {item.metadata['help']}"
+    return f"  {f'{key}={_default(item)}':44} {item.metadata['help']}"
 
 
-def _plain(value: object) -> bool:
-    return value is None or isinstance(value, bool)
+def _default(item: dataclasses.Field[Any]) -> str:
+    """A field's default as one would type it."""
+    if item.default_factory is not dataclasses.MISSING:
+        return str(item.default_factory())
+    is_yaml_word = item.default is None or isinstance(item.default, bool)
+    return json.dumps(item.default) if is_yaml_word else str(item.default)

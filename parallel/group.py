@@ -110,7 +110,7 @@ class LoneGroup(Group):
     def __init__(self) -> None:
         super().__init__(0, 1)
 
-    def _all_reduce(self, x: Tensor, op: str) -> Tensor:  # noqa: ARG002
+    def _all_reduce(self, x: Tensor, op: str) -> Tensor:
         return x
 
     def _all_gather(self, x: Tensor) -> list[Tensor]:
@@ -264,7 +264,7 @@ class SimulatedGroup(Group):
     For the memory, the plan and the speed of a rank; the text it produces means nothing.
     """
 
-    def _all_reduce(self, x: Tensor, op: str) -> Tensor:  # noqa: ARG002
+    def _all_reduce(self, x: Tensor, op: str) -> Tensor:
         return x
 
     def _all_gather(self, x: Tensor) -> list[Tensor]:
@@ -272,5 +272,5 @@ class SimulatedGroup(Group):
 
     def _send(self, x: Tensor, destination: int) -> None: ...
 
-    def _recv(self, x: Tensor, source: int) -> Tensor:  # noqa: ARG002
+    def _recv(self, x: Tensor, source: int) -> Tensor:
         return x

@@ -20,7 +20,7 @@ Shape = tuple[int, ...]
 class Replicate:
     """Every rank holds the whole tensor."""
 
-    def index(self, shape: Shape, rank: int, size: int) -> Index:  # noqa: ARG002
+    def index(self, shape: Shape, rank: int, size: int) -> Index:
         return tuple(slice(0, length) for length in shape)
 
     def __str__(self) -> str:

@@ -18,10 +18,16 @@ if TYPE_CHECKING:
 TASKS = {
     "generate": ("prompts -> text, on one rank or several", ("generation", "quant", "parallel")),
     "prepare": ("checkpoint -> quantized shards for each rank", ("quant", "parallel")),
-    "plan": ("what each rank will hold, and which sizes work", ("plan", "quant", "parallel", "model")),
-    "verify": ("single against parallel, quantized against original", ("verify", "generation", "quant", "parallel")),
+    "plan": (
+        "what each rank will hold, and which sizes work",
+        ("plan", "quant", "parallel", "model"),
+    ),
+    "verify": (
+        "single against parallel, quantized against original",
+        ("verify", "generation", "quant", "parallel"),
+    ),
     "env": ("what this process sees: launcher, rank, devices", ("parallel",)),
-}  # fmt: skip
+}
 RANK_TASKS = ("generate", "verify")
 
 

@@ -98,7 +98,9 @@ def _print_model(layout: Layout, workload: Workload) -> None:
 
 
 def _print_placements(layout: Layout, tp: int) -> None:
-    rows = [("tensor", "global shape", "dtype", "placement", f"rank 0 of {tp}", "MB a rank")]
+    rows: list[tuple[str, ...]] = [
+        ("tensor", "global shape", "dtype", "placement", f"rank 0 of {tp}", "MB a rank")
+    ]
     for name, count, tensor in _patterns(layout.tensors):
         largest = max(tensor.num_bytes(rank, tp) for rank in range(tp))
         rows.append(
@@ -127,7 +129,7 @@ def _print_sizes(
     layout: Layout, sizes: list[int], workload: Workload, bandwidth: float, config: Config
 ) -> None:
     measured = "given" if config.plan.bandwidth_gb_s else "measured here, all cores"
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             "tp",
             "weights",
@@ -169,7 +171,7 @@ def _speed(plan: RankPlan, bandwidth: float, workload: Workload, config: Config)
 def _to_json(
     layout: Layout, sizes: list[int], workload: Workload, bandwidth: float, config: Config
 ) -> dict[str, Any]:
-    plans = {}
+    plans: dict[int, dict[str, Any]] = {}
     for tp in sizes:
         reason = unsupported_reason(layout.config, tp)
         if reason:

@@ -121,7 +121,8 @@ class _SummedSource:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")
+    array: Any = tensor.contiguous().view(torch.uint8).numpy()
+    return memoryview(array).cast("B")
 
 
 class _ShardFile:

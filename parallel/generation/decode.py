@@ -152,7 +152,11 @@ class GenerationLoop:
         yield from self._retire()
 
     def _prefill_step(self, chunk: list[_Piece]) -> Step:
-        ids, positions, slots, segments, select = [], [], [], [], []
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        select: list[int] = []
+        segments: list[Segment] = []
         for piece in chunk:
             start = len(ids)
             ids += piece.sequence.request.prompt_ids[piece.start : piece.stop]
@@ -181,11 +185,12 @@ class GenerationLoop:
         segments: tuple[Segment, ...] = (),
         length: int = 0,
     ) -> Step:
-        tensors = (
-            torch.tensor(values, dtype=torch.int64, device=self._decoder.device)
+        device = self._decoder.device
+        token_ids, places, targets, selected = (
+            torch.tensor(values, dtype=torch.int64, device=device)
             for values in (ids, positions, slots, select)
         )
-        return Step(*tensors, segments=segments, length=length)
+        return Step(token_ids, places, targets, selected, segments, length)
 
     def _take(self, sequences: list[_Sequence], logits_SV: Tensor | None) -> None:
         """Rank 0 chooses a token for each sequence and says which end here; all ranks note both."""
