@@ -7,11 +7,14 @@ dataclasses. A key is `section.field`, its help is the field's metadata.
 from __future__ import annotations
 
 import dataclasses
+import math
+import os.path
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.resources import files
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +24,28 @@ from launcher.failures import ConfigError
 from quant.scheme import QuantScheme
 
 
-def _key(default: Any, text: str) -> Any:
-    """A field with its help; mutable defaults are copied."""
+@dataclass(frozen=True)
+class Rule:
+    """Which values of a key's type are allowed, and how a refusal says so."""
+
+    allows: Callable[[Any], bool]
+    words: str
+
+
+def _at_least(least: int) -> Rule:
+    return Rule(lambda value: value >= least, f"at least {least}")
+
+
+# A deadline in milliseconds must fit the 32 bits that sockets have for it: 23 days are enough.
+_SECONDS = Rule(lambda value: 0 < value <= 2e6, "above 0 and at most 2e6 seconds")
+
+
+def _key(default: Any, text: str, rule: Rule | None = None) -> Any:
+    """A field with its help and what its value must obey; mutable defaults are copied."""
+    metadata = {"help": text, "rule": rule}
     if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -87,12 +107,18 @@ class ParallelSection:
     """How the ranks share the model."""
 
     tp: int | None = _key(
-        None, "tensor-parallel ranks; null: the environment's, a prepared checkpoint's, else 1"
+        None,
+        "tensor-parallel ranks; null: the environment's, a prepared checkpoint's, else 1",
+        _at_least(1),
     )
-    dp: int = _key(1, "data-parallel replicas; 1")
+    dp: int = _key(
+        1,
+        "data-parallel replicas; 1",
+        Rule(lambda value: value == 1, "1 (start one run for each replica)"),
+    )
     vocab_emb_dp: bool = _key(False, "the embedding is whole on every rank")
-    start_timeout_s: float = _key(300.0, "deadline for all ranks to arrive, in seconds")
-    timeout_s: float = _key(300.0, "deadline of one collective, in seconds")
+    start_timeout_s: float = _key(300.0, "deadline for all ranks to arrive, in seconds", _SECONDS)
+    timeout_s: float = _key(300.0, "deadline of one collective, in seconds", _SECONDS)
 
 
 @dataclass
@@ -100,19 +126,34 @@ class GenerationSection:
     """How text is made; the names are those of transformers' GenerationConfig."""
 
     max_new_tokens: int | None = _key(
-        None, "most tokens of an answer; null: 128, within the context"
+        None, "most tokens of an answer; null: 128, within the context", _at_least(1)
     )
-    max_length: int | None = _key(None, "most tokens of prompt and answer together")
+    max_length: int | None = _key(None, "most tokens of prompt and answer together", _at_least(1))
     do_sample: bool = _key(False, "sample instead of taking the most likely token")
-    temperature: float = _key(1.0, "divides the logits")
-    top_k: int = _key(0, "keep the k most likely tokens; 0 keeps all")
-    top_p: float = _key(1.0, "keep the most likely tokens of this total probability")
-    repetition_penalty: float = _key(1.0, "above 1: tokens seen before become less likely")
+    # float32 logits must survive a division by these two, and a multiplication.
+    temperature: float = _key(
+        1.0,
+        "divides the logits",
+        Rule(lambda value: 1e-5 <= value <= 1e5, "1e-5 to 1e5 (do_sample=false is greedy)"),
+    )
+    top_k: int = _key(0, "keep the k most likely tokens; 0 keeps all", _at_least(0))
+    top_p: float = _key(
+        1.0,
+        "keep the most likely tokens of this total probability",
+        Rule(lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    )
+    repetition_penalty: float = _key(
+        1.0,
+        "above 1: tokens seen before become less likely",
+        Rule(lambda value: 1e-5 <= value <= 1e5, "1e-5 to 1e5"),
+    )
     seed: int = _key(0, "of the sampling; each prompt has its own generator of seed and index")
     stop: list[str] = _key([], "strings that end an answer; they are cut off")
     ignore_eos: bool = _key(False, "go on after the end-of-sequence token")
-    max_num_seqs: int = _key(8, "sequences that run at once")
-    prefill_chunk: int = _key(512, "most tokens of one prefill step; bounds its memory")
+    max_num_seqs: int = _key(8, "sequences that run at once", _at_least(1))
+    prefill_chunk: int = _key(
+        512, "most tokens of one prefill step; bounds its memory", _at_least(1)
+    )
 
 
 @dataclass
@@ -120,12 +161,18 @@ class PlanSection:
     """What `plan` counts."""
 
     tp: list[int] | None = _key(
-        None, "tensor-parallel sizes to compare; null: all valid ones to 16"
+        None,
+        "tensor-parallel sizes to compare; null: all valid ones to 16",
+        Rule(lambda sizes: sizes and min(sizes) >= 1, "a list of sizes of at least 1"),
     )
-    batch_size: int = _key(1, "sequences in the KV cache")
-    max_length: int | None = _key(None, "tokens of each; null: the context, at most 4096")
+    batch_size: int = _key(1, "sequences in the KV cache", _at_least(1))
+    max_length: int | None = _key(
+        None, "tokens of each; null: the context, at most 4096", _at_least(1)
+    )
     bandwidth_gb_s: float | None = _key(
-        None, "read bandwidth of one rank's memory in GB/s; null: measured here and shared"
+        None,
+        "read bandwidth of one rank's memory in GB/s; null: measured here and shared",
+        Rule(lambda value: 0 < value < math.inf, "a number above 0"),
     )
     json: bool = _key(False, "print JSON instead of tables")
 
@@ -136,7 +183,9 @@ class VerifySection:
 
     original: str | None = _key(None, "the unquantized checkpoint of a prepared quantized one")
     tolerance: float | None = _key(
-        None, "largest top-2 gap at which tokens may differ; null: 1e-3 in float32, 0.5 in 16 bit"
+        None,
+        "largest top-2 gap at which tokens may differ; null: 1e-3 in float32, 0.5 in 16 bit",
+        Rule(lambda value: 0 <= value < math.inf, "a number of at least 0"),
     )
 
 
@@ -195,8 +244,9 @@ def compose(arguments: list[str]) -> Config:
     """
     overrides = [_split(argument) for argument in arguments]
     values = _file_values(overrides)
-    for key, text in overrides:
+    for key, _ in overrides:
         values = _without_rivals(values, key)
+    for key, text in overrides:
         values[key] = text if key in VERBATIM or key in GROUPS else _parse(key, text)
     node = _compose_groups({key: value for key, value in values.items() if key in GROUPS})
     texts = {key: values.pop(key) for key in TEXTS if key in values}
@@ -206,6 +256,7 @@ def compose(arguments: list[str]) -> Config:
     config = _to_config(node)
     for key, value in texts.items():
         _set_text(config, key, value)
+    _check_rules(config)
     return config
 
 
@@ -246,22 +297,35 @@ def _sections() -> dict[str, Any]:
 def _split(argument: str) -> tuple[str, str]:
     key, equals, value = argument.partition("=")
     if not equals:
-        raise ConfigError(f"{argument!r} is not of the form key=value; see shardrun --help.")
+        raise ConfigError(_stray_word(argument))
+    # A task is chosen as a group, by whichever of its two names.
+    key = "task" if key == "task.name" else key
     _check_key(key)
     if key in GROUPS:
         _check_option(key, value)
-    if key in _PATHS and value not in ("null", "-"):
-        value = str(Path(value).expanduser())
-    return key, value
+    return key, os.path.expanduser(value) if key in _PATHS else value
+
+
+def _stray_word(word: str) -> str:
+    tasks = group_options("task")
+    close = get_close_matches(word, tasks, n=1)
+    if close:
+        return f"{word!r} is not a task; did you mean {close[0]}? tasks: {', '.join(tasks)}."
+    return f"{word!r} is not a task and not of the form key=value; see shardrun --help."
 
 
 def _check_key(key: str) -> None:
     known = [name for name, _ in keys()] + list(GROUPS)
     if key in known:
         return
-    if key[:1] in "+~":
+    if key.startswith(("+", "~")):
         raise ConfigError(f"{key!r}: keys are set, never added or removed; write key=value.")
-    raise ConfigError(f"`{key}` is not a key; {_nearest(key, known)}")
+    raise ConfigError(f"{_quoted(key)} is not a key; {_nearest(key, known)}")
+
+
+def _quoted(key: str) -> str:
+    """A key as it was typed; as Python would write it where that is not one printable line."""
+    return f"`{key}`" if key.isprintable() else repr(key)
 
 
 def _nearest(word: str, known: list[str]) -> str:
@@ -311,7 +375,7 @@ def _parse(key: str, text: str) -> Any:
 
     try:
         override = OverridesParser.create().parse_override(f"{key}={text}")
-    except HydraException as error:
+    except (HydraException, RecursionError) as error:
         raise ConfigError(
             f"`{key}` cannot be read from {text!r}; put the value in quotes: {key}=\"'…'\"."
         ) from error
@@ -340,7 +404,7 @@ def _update(node: Any, key: str, value: Any) -> None:
     try:
         OmegaConf.update(node, key, value, merge=False)
         OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(f"`{key}` must be {_kind(key)}, but is {value!r}.") from error
 
 
@@ -349,11 +413,34 @@ def _set_text(config: Config, key: str, value: Any) -> None:
         value = None
     is_list = key not in VERBATIM
     if is_list and isinstance(value, list):
-        value = [str(item) for item in value]
-    elif (is_list and value is not None) or not isinstance(value, str | None):
+        for item in value:
+            _check_text(key, item)
+    elif value is not None and not is_list:
+        _check_text(key, value)
+    elif value is not None or "null" not in _kind(key):
         raise ConfigError(f"`{key}` must be {_kind(key)}, but is {value!r}.")
     section, _, name = key.rpartition(".")
     setattr(getattr(config, section) if section else config, name, value)
+
+
+def _check_text(key: str, value: object) -> None:
+    """A number or a word like `true` has lost how it was typed; a broken character cannot be
+    written to any file."""
+    if not isinstance(value, str):
+        raise ConfigError(
+            f"`{key}` must be {_kind(key)}, but holds {value!r}; put it in quotes: ['…']."
+        )
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ConfigError(f"`{key}` must be UTF-8 text, but is {value!r}; type it anew.")
+    if key in _PATHS and (not value or "\0" in value):
+        raise ConfigError(f"`{key}` must be a path, but is {value!r}; leave it out, or give one.")
+
+
+def _check_rules(config: Config) -> None:
+    for key, item in keys():
+        value, rule = attrgetter(key)(config), item.metadata["rule"]
+        if value is not None and rule and not rule.allows(value):
+            raise ConfigError(f"`{key}` must be {rule.words}, but is {value}.")
 
 
 def _kind(key: str) -> str:

@@ -278,14 +278,15 @@ def _store(launcher: LauncherVariables, environ: Mapping[str, str], size: int) -
         return f"{environ['MASTER_ADDR']}:{_port(environ, 'MASTER_PORT')}"
     if _is_one_host(launcher, environ, size):
         return None
-    if "MASTER_ADDR" in environ and "MASTER_PORT" in environ:
-        return f"{environ['MASTER_ADDR']}:{_port(environ, 'MASTER_PORT')}"
-    if launcher is SLURM:
-        return f"{first_host(environ.get('SLURM_STEP_NODELIST', ''))}:{_slurm_port(environ)}"
-    raise LaunchError(
-        f"{launcher.name} started {size} ranks on several hosts, and MASTER_ADDR and MASTER_PORT "
-        "are not set; export rank 0's host and a free port of it."
-    )
+    nodes = environ.get("SLURM_STEP_NODELIST" if launcher is SLURM else "SLURM_JOB_NODELIST", "")
+    host = environ.get("MASTER_ADDR") or first_host(nodes)
+    port = _port(environ, "MASTER_PORT") if "MASTER_PORT" in environ else _slurm_port(environ)
+    if not host or port is None:
+        raise LaunchError(
+            f"{launcher.name} started {size} ranks on several hosts, and MASTER_ADDR and "
+            "MASTER_PORT are not set; export rank 0's host and a free port of it."
+        )
+    return f"{host}:{port}"
 
 
 def _is_one_host(launcher: LauncherVariables, environ: Mapping[str, str], size: int) -> bool:
@@ -303,13 +304,15 @@ def first_host(nodelist: str) -> str:
     return head + first + tail.partition("]")[2].split(",")[0]
 
 
-def _slurm_port(environ: Mapping[str, str]) -> int:
-    """The step's reserved port, or one that neighbouring jobs do not share."""
+def _slurm_port(environ: Mapping[str, str]) -> int | None:
+    """The step's reserved port, or one that neighbouring jobs do not share; None out of Slurm."""
     reserved = environ.get("SLURM_STEP_RESV_PORTS", "").split("-")[0].split(",")[0]
-    if reserved.isdigit():
+    if reserved.isdecimal():
         return int(reserved)
-    job, step = (_integer(environ, name) or 0 for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-    return 20000 + (job * 97 + step) % 12000
+    job, step = (_integer(environ, name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    # mpirun's ranks see the step of their node's daemon, or none.
+    step = 0 if step is None or "SLURM_STEP_NUM_TASKS" not in environ else step
+    return None if job is None else 20000 + (job * 97 + step) % 12000
 
 
 def _job(launcher: LauncherVariables, environ: Mapping[str, str], parent_pid: int) -> str:

@@ -90,33 +90,16 @@ def model_overrides(config: Config) -> dict[str, Any]:
 
 
 def check_generation(section: GenerationSection) -> None:
-    """Raises ConfigError for a number outside its range, or two lengths at once."""
+    """Raises ConfigError for two lengths at once, or a key that would have no effect."""
     if section.max_new_tokens is not None and section.max_length is not None:
         raise ConfigError(
             "`generation.max_new_tokens` and `generation.max_length` are both given; give one."
         )
-    for key, (is_valid, rule) in _RANGES.items():
-        value = getattr(section, key)
-        if value is not None and not is_valid(value):
-            raise ConfigError(f"`generation.{key}` must be {rule}, but is {value}.")
     if "" in section.stop:
         raise ConfigError(
             "`generation.stop` has an empty string, which ends every answer; drop it."
         )
     _check_sampling_is_on(section)
-
-
-_POSITIVE = (lambda value: value >= 1, "at least 1")
-_RANGES: Mapping[str, Any] = {
-    "max_new_tokens": _POSITIVE,
-    "max_length": _POSITIVE,
-    "max_num_seqs": _POSITIVE,
-    "prefill_chunk": _POSITIVE,
-    "temperature": (lambda value: 0 < value < float("inf"), "above 0 (do_sample=false is greedy)"),
-    "top_k": (lambda value: value >= 0, "at least 0"),
-    "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
-    "repetition_penalty": (lambda value: 0 < value < float("inf"), "above 0"),
-}
 
 
 def _check_sampling_is_on(section: GenerationSection) -> None:

@@ -23,7 +23,7 @@ LAYERS = {
 # Who alone may import, or use, what.
 DOORS = {
     "torch.distributed": (
-        "parallel/group.py", "launcher/rendezvous.py", "launcher/watch.py", "launcher/worker.py",
+        "parallel/group.py", "launcher/presence.py", "launcher/rendezvous.py", "launcher/watch.py", "launcher/worker.py",
         "launcher/workers.py",
     ),
     "safetensors": ("parallel/checkpoint/",),

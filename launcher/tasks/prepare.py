@@ -7,14 +7,10 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
 from launcher.config import Config
 from launcher.environment import WorkerEnvironment
 from launcher.failures import ConfigError
 from launcher.resolve import Resolved, resolve
-from parallel.checkpoint.store import source_bytes, write_prepared
 
 
 def run(config: Config, environment: WorkerEnvironment) -> None:
@@ -27,6 +23,8 @@ def run(config: Config, environment: WorkerEnvironment) -> None:
     resolved = resolve(config, environment)
     for note in resolved.notes:
         print(f"shardrun: {note}", file=sys.stderr)
+    import torch  # here, so that a refusal need not wait for it
+
     num_threads = len(os.sched_getaffinity(0))
     # One tensor a thread: torch's own threads would only get in each other's way.
     torch.set_num_threads(1)
@@ -44,12 +42,16 @@ def _check(config: Config) -> Path:
             f"{config.dtype}; give dtype to generate."
         )
     output = Path(config.output).absolute()
-    if output.exists():
+    if os.path.lexists(output):
         raise ConfigError(f"`output` {output} exists already; choose another or remove it.")
     return output
 
 
 def _write(resolved: Resolved, output: Path, num_threads: int) -> int:
+    from tqdm import tqdm
+
+    from parallel.checkpoint.store import source_bytes, write_prepared
+
     assert resolved.config.parallel.tp is not None
     source = resolved.checkpoint.source
     total = sum(source_bytes(source, row) for row in resolved.layout.table.values())

@@ -6,17 +6,24 @@ import json
 from pathlib import Path
 from typing import Any
 
+from parallel.checkpoint.regular_file import check_regular, reason
 from parallel.errors import CheckpointError
+
+# The manifest of a 405B on 64 ranks has some 25 MB.
+_MOST_BYTES = 256 << 20
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """Raises CheckpointError where the file is missing, is not JSON, or is not an object."""
+    check_regular(path, _MOST_BYTES)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing; give a Hugging Face directory.") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({error}); copy it again.") from error
+        raise CheckpointError(
+            f"{path} is not readable JSON ({reason(error)}); copy it again."
+        ) from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object; copy it again.")
+        raise CheckpointError(
+            f"{path} must hold a JSON object, but holds a {type(value).__name__}; copy it again."
+        )
     return value

@@ -16,7 +16,8 @@ from parallel.checkpoint.layout import (
     make_layout,
 )
 from parallel.checkpoint.readers.huggingface import INDEX_NAME, HuggingFaceSource, read_index
-from parallel.checkpoint.readers.prepared import PreparedSource, is_prepared
+from parallel.checkpoint.readers.prepared import MANIFEST, PreparedSource, is_prepared
+from parallel.checkpoint.regular_file import check_directory
 from parallel.checkpoint.source import Source
 from parallel.errors import CheckpointError
 from parallel.model.config import ModelConfig, token_ids
@@ -69,15 +70,19 @@ class Checkpoint:
         return make_layout(self.config, scheme, vocab_emb_dp=vocab_emb_dp, dtype_of=dtype_of)
 
 
-def open_checkpoint(path: Path, overrides: Mapping[str, Any] | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: Path, overrides: Mapping[str, Any] | None = None, *, key: str = "checkpoint"
+) -> Checkpoint:
     """Open a Hugging Face directory or one that `prepare` wrote.
 
     Args:
         overrides: values that stand in for those of config.json, by its names.
+        key: what the user named the directory by.
 
     Raises:
         CheckpointError, ModelError: what is wrong with it, in a sentence.
     """
+    check_directory(path, key)
     values = read_config(path, overrides)
     config = ModelConfig.from_hf(values, str(path / "config.json"))
     generation = _optional_json(path / "generation_config.json")
@@ -92,9 +97,7 @@ def open_checkpoint(path: Path, overrides: Mapping[str, Any] | None = None) -> C
 
 def read_config(path: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """`config.json` of a directory, with overrides; the weights are not looked at."""
-    if not path.is_dir():
-        kind = "is a file" if path.exists() else "does not exist"
-        raise CheckpointError(f"`checkpoint` {path} {kind}; give a checkpoint's directory.")
+    check_directory(path, "checkpoint")
     values = read_json_object(path / "config.json")
     return override_config(values, overrides or {})
 
@@ -155,18 +158,31 @@ def _prepared_layout(
             f"{source.path} was prepared as {source.scheme.label}; leave `quant` out, or prepare "
             f"it from its source with the scheme that you want ({scheme.label})."
         )
-    layout = make_layout(
-        config, source.scheme, vocab_emb_dp=vocab_emb_dp, dtype_of=_prepared_dtype(source)
+    dtype_of = _prepared_dtype(source)
+    stored = make_layout(
+        config, source.scheme, vocab_emb_dp=source.vocab_emb_dp, dtype_of=dtype_of
     )
+    _check_prepared(stored, source)
+    return make_layout(config, source.scheme, vocab_emb_dp=vocab_emb_dp, dtype_of=dtype_of)
+
+
+def _check_prepared(layout: Layout, source: PreparedSource) -> None:
+    """The shards must be exactly those that `prepare` cuts for this config.json."""
     wanted = {tensor.name: (tensor.shape, tensor.dtype) for tensor in layout.tensors}
     found = {name: (info.shape, info.dtype) for name, info in source.tensors.items()}
-    if wanted != found:
-        names = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
-        raise CheckpointError(
-            f"{source.path}: {names[0]} is {found.get(names[0], 'missing')}, but its config.json "
-            f"asks for {wanted.get(names[0], 'no such tensor')}; prepare the checkpoint again."
-        )
-    return layout
+    for name in sorted({*wanted, *found}):
+        if wanted.get(name) != found.get(name):
+            raise CheckpointError(
+                f"{source.path}: {name} is {found.get(name, 'missing')}, but its config.json "
+                f"asks for {wanted.get(name, 'no such tensor')}; prepare the checkpoint again."
+            )
+    for tensor in layout.tensors:
+        cuts = [tensor.index(rank, source.size) for rank in range(source.size)]
+        if cuts != source.slices(tensor.name):
+            raise CheckpointError(
+                f"{source.path / MANIFEST}: the slices of {tensor.name} are not those of tp="
+                f"{source.size}; prepare the checkpoint again."
+            )
 
 
 def _prepared_dtype(source: PreparedSource) -> Callable[[str], str]:

@@ -17,7 +17,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from parallel.checkpoint.layout import Layout, StoredTensor
 from parallel.checkpoint.readers.prepared import FORMAT_VERSION, MANIFEST, SHARD_FILE
+from parallel.checkpoint.regular_file import check_regular, reason
 from parallel.checkpoint.shard import read_weight, weight_parts
 from parallel.checkpoint.source import DTYPE_BYTES, DTYPE_NAMES, Source
 from parallel.errors import CheckpointError
@@ -60,6 +61,7 @@ def write_prepared(
     """
     source = _SummedSource(source)
     with _renamed_when_whole(output) as directory:
+        _copy_files(source.path, directory)
         shards = [_ShardFile(layout, rank, size, directory) for rank in range(size)]
         sums: dict[str, Any] = {}
 
@@ -71,7 +73,6 @@ def write_prepared(
             list(pool.map(convert, layout.table.values()))
         for shard in shards:
             shard.close()
-        _copy_files(source.path, directory)
         _write_manifest(directory, _manifest(layout, source, size, sums))
 
 
@@ -159,7 +160,9 @@ def _header(
     Wide dtypes first, so that every tensor is aligned to its own size, as the library does.
     """
     ordered = sorted(tensors, key=lambda tensor: (-DTYPE_BYTES[tensor.dtype], tensor.name))
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    # Ranks often have shards of equal shapes; the metadata tells one that was swapped.
+    metadata = {"format": "pt", "rank": str(rank), "tp": str(size)}
+    entries: dict[str, Any] = {"__metadata__": metadata}
     starts, position = {}, 0
     for tensor in ordered:
         end = position + tensor.num_bytes(rank, size)
@@ -188,7 +191,7 @@ def _disk_errors(where: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CheckpointError(
-            f"{where} could not be written ({error.strerror}); nothing was left behind, "
+            f"{where} could not be written ({reason(error)}); nothing was left behind, "
             "free some space or choose another `output`."
         ) from error
 
@@ -196,18 +199,22 @@ def _disk_errors(where: Path) -> Iterator[None]:
 @contextmanager
 def _renamed_when_whole(output: Path) -> Iterator[Path]:
     """A directory beside `output` that gets its name at the end, or is removed on an error."""
-    if output.exists():
+    if os.path.lexists(output):
         raise CheckpointError(f"`output` {output} exists already; choose another or remove it.")
     directory = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    with _disk_errors(output):
-        directory.mkdir(parents=True)
+    made = [path for path in output.parents if not path.exists()]
     try:
-        yield directory
-        _sync_tree(directory)
-        os.rename(directory, output)
-        _sync(output.parent)
+        with _disk_errors(output):
+            directory.mkdir(parents=True)
+            yield directory
+            _sync_tree(directory)
+            os.rename(directory, output)
+            _sync(output.parent)
     except BaseException:
         shutil.rmtree(directory, ignore_errors=True)
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
         raise
 
 
@@ -228,6 +235,7 @@ def _sync(path: Path) -> None:
 def _copy_files(source: Path, directory: Path) -> None:
     for name in COPIED_FILES:
         if (source / name).exists():
+            check_regular(source / name)
             shutil.copyfile(source / name, directory / name)
 
 

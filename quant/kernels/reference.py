@@ -8,8 +8,8 @@ from torch import Tensor
 
 from quant.weight import QuantizedWeight
 
-# Rows of the weight that are widened at a time: 512 x 5120 float32 are 10 MB, which stay in cache.
-BLOCK_ROWS = 512
+# Float32 bytes of the weight that are widened at a time, into one buffer that stays in cache.
+BLOCK_BYTES = 4 << 20
 
 
 def linear_w8a16(x_MK: Tensor, weight: QuantizedWeight, out_dtype: torch.dtype) -> Tensor:
@@ -27,9 +27,12 @@ def linear_wide(x_MK: Tensor, weight_NK: Tensor, out_dtype: torch.dtype) -> Tens
 
 
 def _blockwise_product(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
-    num_rows = weight_NK.shape[0]
+    num_rows, row_size = weight_NK.shape
+    block = max(16, BLOCK_BYTES // (4 * max(1, row_size)))
+    wide_BK = x_MK.new_empty(min(block, num_rows), row_size)
     out_MN = x_MK.new_empty(x_MK.shape[0], num_rows)
-    for start in range(0, num_rows, BLOCK_ROWS):
-        block_BK = weight_NK[start : start + BLOCK_ROWS].float()
-        out_MN[:, start : start + BLOCK_ROWS] = F.linear(x_MK, block_BK)
+    for start in range(0, num_rows, block):
+        rows_BK = weight_NK[start : start + block]
+        block_BK = wide_BK[: len(rows_BK)].copy_(rows_BK)
+        out_MN[:, start : start + block] = F.linear(x_MK, block_BK)
     return out_MN

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parallel.checkpoint.json_file import read_json_object
 from parallel.checkpoint.readers.safetensors_file import SafetensorsFile
-from parallel.checkpoint.source import TensorInfo
+from parallel.checkpoint.source import DTYPE_BYTES, TensorInfo
 from parallel.errors import CheckpointError
-from parallel.placement import Index, Shape, index_shape
+from parallel.placement import Index, index_shape
+from quant.errors import QuantError
 from quant.scheme import QuantScheme
 
 if TYPE_CHECKING:
@@ -35,10 +35,12 @@ class PreparedSource:
     Attributes:
         size: the tensor-parallel size it was cut for; any slice can be read all the same.
         scheme: how its weights are quantized.
+        vocab_emb_dp: whether every rank has the whole embedding.
 
     Raises:
-        CheckpointError: no whole manifest, a missing shard, or a shard whose names, shapes, dtypes
-            or size are not the manifest's.
+        CheckpointError: no whole manifest, a missing shard, or a shard whose rank, names, shapes,
+            dtypes or size are not the manifest's. That the slices are the model's is for
+            parallel/checkpoint/open.py, which knows its table.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,6 +48,7 @@ class PreparedSource:
         self.manifest = _read_manifest(path / MANIFEST)
         self.size: int = self.manifest["mesh"]["tp"]
         self.scheme = QuantScheme.from_dict(self.manifest["scheme"])
+        self.vocab_emb_dp: bool = self.manifest["vocab_emb_dp"]
         self._shards = {name: _shards(entry) for name, entry in self._entries()}
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(tuple(entry["shape"]), entry["dtype"], MANIFEST)
@@ -67,6 +70,10 @@ class PreparedSource:
     def identity(self) -> dict[str, Any]:
         """That of the checkpoint it was prepared from."""
         return dict(self.manifest["source"])
+
+    def slices(self, name: str) -> list[Index]:
+        """The slice of a tensor that each rank's file holds."""
+        return [shard.index for shard in self._shards[name]]
 
     def _entries(self) -> list[tuple[str, dict[str, Any]]]:
         return list(self.manifest["tensors"].items())
@@ -106,6 +113,12 @@ class PreparedSource:
                 f"{self._files[rank].path} does not hold the tensors that {MANIFEST} lists; "
                 "prepare the checkpoint again."
             )
+        written_for = self._files[rank].metadata
+        if written_for.get("rank") != str(rank) or written_for.get("tp") != str(self.size):
+            raise CheckpointError(
+                f"{self._files[rank].path} was not written for rank {rank} of {self.size}, but for "
+                f"{written_for.get('rank')} of {written_for.get('tp')}; prepare the checkpoint again."
+            )
 
 
 def is_prepared(path: Path) -> bool:
@@ -121,20 +134,29 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         )
     try:
         _check_manifest(manifest)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, QuantError) as error:
         raise CheckpointError(f"{path} is damaged ({error!r}); prepare again.") from error
     return manifest
 
 
 def _check_manifest(manifest: dict[str, Any]) -> None:
-    """Every tensor has a shard a rank, and the shards cover it."""
+    """Every value that is read later has its type, and every tensor a shard for each rank."""
     size = manifest["mesh"]["tp"]
     if manifest["complete"] is not True or type(size) is not int or size < 1:
-        raise ValueError("not complete")
+        raise ValueError(f"complete is {manifest['complete']!r}, tp is {size!r}")
+    if type(manifest["vocab_emb_dp"]) is not bool or type(manifest["source"]) is not dict:
+        raise ValueError("vocab_emb_dp or source is of another type")
+    QuantScheme.from_dict(manifest["scheme"])
     for name, entry in manifest["tensors"].items():
-        shards = _shards(entry)
-        if len(shards) != size or not _cover(tuple(entry["shape"]), shards):
-            raise ValueError(f"the shards of {name} do not cover it")
+        lengths = [*entry["shape"], *(end for shard in entry["shards"] for end in _ends(shard))]
+        if not all(type(length) is int and length >= 0 for length in lengths):
+            raise ValueError(f"{name} has a length that is no whole number")
+        if len(entry["shards"]) != size or entry["dtype"] not in DTYPE_BYTES:
+            raise ValueError(f"{name} has {len(entry['shards'])} shards of {entry['dtype']!r}")
+
+
+def _ends(shard: dict[str, Any]) -> Iterator[int]:
+    return (end for start, stop in shard["slice"] for end in (start, stop))
 
 
 def _shards(entry: dict[str, Any]) -> list[_Shard]:
@@ -142,15 +164,6 @@ def _shards(entry: dict[str, Any]) -> list[_Shard]:
         _Shard(rank, tuple(slice(start, stop) for start, stop in shard["slice"]))
         for rank, shard in enumerate(entry["shards"])
     ]
-
-
-def _cover(shape: Shape, shards: list[_Shard]) -> bool:
-    """Distinct shards never overlap, so it is enough to count their entries."""
-    distinct = {tuple((cut.start, cut.stop) for cut in shard.index) for shard in shards}
-    sizes = [math.prod(stop - start for start, stop in cuts) for cuts in distinct]
-    inside = all(0 <= start <= stop <= n for cuts in distinct
-                 for (start, stop), n in zip(cuts, shape, strict=True))  # fmt: skip
-    return inside and sum(sizes) == math.prod(shape)
 
 
 def _contains(outer: Index, inner: Index) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from parallel.checkpoint.regular_file import check_regular, reason
 from parallel.checkpoint.source import DTYPE_NAMES, TensorInfo
 from parallel.errors import CheckpointError
 from parallel.placement import Index
@@ -21,10 +22,14 @@ class SafetensorsFile:
 
     Raises:
         CheckpointError: the file is missing, cut off, or has a dtype that weights do not have.
+
+    Attributes:
+        metadata: the strings that the writer left in the header.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.metadata: dict[str, str] = {}
         self.tensors = self._read_infos()
         self._mapped: Any = None
 
@@ -47,6 +52,7 @@ class SafetensorsFile:
     def _read_infos(self) -> dict[str, TensorInfo]:
         # The "numpy" framework is never asked for data: it only spares the import of torch.
         with _open(self.path, "numpy") as file:
+            self.metadata = file.metadata() or {}
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {name: self._info(name, item) for name, item in slices.items()}
 
@@ -61,11 +67,10 @@ class SafetensorsFile:
 
 
 def _open(path: Path, framework: str) -> Any:
+    check_regular(path)
     try:
         return safe_open(path, framework)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing; copy the whole checkpoint again.") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} is not a whole safetensors file ({error}); copy it again."
+            f"{path} is not a whole safetensors file ({reason(error)}); copy it again."
         ) from error
