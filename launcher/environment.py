@@ -280,7 +280,8 @@ def _store(launcher: LauncherVariables, environ: Mapping[str, str], size: int) -
         return None
     nodes = environ.get("SLURM_STEP_NODELIST" if launcher is SLURM else "SLURM_JOB_NODELIST", "")
     host = environ.get("MASTER_ADDR") or first_host(nodes)
-    port = _port(environ, "MASTER_PORT") if "MASTER_PORT" in environ else _slurm_port(environ)
+    given = "MASTER_PORT" in environ
+    port = _port(environ, "MASTER_PORT") if given else _slurm_port(launcher, environ)
     if not host or port is None:
         raise LaunchError(
             f"{launcher.name} started {size} ranks on several hosts, and MASTER_ADDR and "
@@ -304,14 +305,14 @@ def first_host(nodelist: str) -> str:
     return head + first + tail.partition("]")[2].split(",")[0]
 
 
-def _slurm_port(environ: Mapping[str, str]) -> int | None:
+def _slurm_port(launcher: LauncherVariables, environ: Mapping[str, str]) -> int | None:
     """The step's reserved port, or one that neighbouring jobs do not share; None out of Slurm."""
-    reserved = environ.get("SLURM_STEP_RESV_PORTS", "").split("-")[0].split(",")[0]
-    if reserved.isdecimal():
-        return int(reserved)
-    job, step = (_integer(environ, name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-    # mpirun's ranks see the step of their node's daemon, or none.
-    step = 0 if step is None or "SLURM_STEP_NUM_TASKS" not in environ else step
+    job, step = _integer(environ, "SLURM_JOB_ID"), 0
+    if launcher is SLURM:  # mpirun's ranks see the step of their node's daemon, if any
+        reserved = environ.get("SLURM_STEP_RESV_PORTS", "").split("-")[0].split(",")[0]
+        if reserved.isdecimal():
+            return int(reserved)
+        step = _integer(environ, "SLURM_STEP_ID") or 0
     return None if job is None else 20000 + (job * 97 + step) % 12000
 
 

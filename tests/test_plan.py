@@ -81,7 +81,12 @@ def test_tables_name_every_kind_of_tensor_and_the_valid_sizes(capsys):
         == 0
     )
     printed = capsys.readouterr().out
-    for word in ("down_proj.weight_scale", "each on 2 ranks", "valid tp sizes: 1, 2, 4, 8, 16, 32"):
+    for word in (
+        "down_proj.weight",
+        "int8 + bfloat16",
+        "each on 2 ranks",
+        "valid tp sizes: 1, 2, 4, 8, 16, 32",
+    ):
         assert word in printed
 
 

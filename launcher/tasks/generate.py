@@ -36,6 +36,8 @@ def run_rank(rank: Rank) -> None:
     loaded_at = time.time()
     checkpoint = open_checkpoint(rank.job.checkpoint, model_overrides(rank.job.config))
     decoder, weights = load_decoder(rank.job, checkpoint, rank.group, rank.device)
+    if rank.group.rank == 0:
+        _say_dtype(rank, checkpoint, decoder)
     rank.group.barrier()
     ready_at = time.time()
     writer = ResultWriter(rank) if rank.group.rank == 0 else None
@@ -47,6 +49,16 @@ def run_rank(rank: Rank) -> None:
         writer.close()
     starts = {"load_s": ready_at - loaded_at, "before_load_s": loaded_at - rank.started_at}
     _report(rank, loop.timings, starts, _weight_bytes(weights))
+
+
+def _say_dtype(rank: Rank, checkpoint: Checkpoint, decoder: Decoder) -> None:
+    chosen = str(decoder.dtype).removeprefix("torch.")
+    if rank.job.config.dtype == "auto" and chosen != checkpoint.config.dtype:
+        print(
+            f"shardrun: this processor does not multiply {checkpoint.config.dtype}: computing in "
+            f"{chosen} (dtype=… for another)",
+            file=rank.console,
+        )
 
 
 def load_decoder(

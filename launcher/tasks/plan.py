@@ -22,11 +22,12 @@ from parallel.checkpoint.layout import Layout, StoredTensor, make_layout
 from parallel.checkpoint.open import describe_layout
 from parallel.checkpoint.plan import RankPlan, Workload, plan_rank, unsupported_reason
 from parallel.model.config import ModelConfig
-from parallel.placement import index_shape
+from parallel.model.placements import Row
+from parallel.placement import SplitKVHeads, index_shape
 
 _DEFAULT_LENGTH = 4096
 _MOST_SIZES = 16
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
+_LAYER = re.compile(r"\.(\d+)\.")
 
 
 def run(config: Config, environment: WorkerEnvironment) -> None:
@@ -98,31 +99,35 @@ def _print_model(layout: Layout, workload: Workload) -> None:
 
 
 def _print_placements(layout: Layout, tp: int) -> None:
-    rows: list[tuple[str, ...]] = [
-        ("tensor", "global shape", "dtype", "placement", f"rank 0 of {tp}", "MB a rank")
+    table: list[tuple[str, ...]] = [
+        ("tensor", "shape", "dtype", "placement", f"rank 0 of {tp}", "MB a rank")
     ]
-    for name, count, tensor in _patterns(layout.tensors):
-        largest = max(tensor.num_bytes(rank, tp) for rank in range(tp))
-        rows.append(
+    for name, rows in _patterns(layout):
+        first = rows[0][0].row
+        table.append(
             (
                 name,
-                _shape(tensor.shape),
-                tensor.dtype,
-                _placement(tensor, layout.config, tp),
-                _shape(index_shape(tensor.index(0, tp))),
-                f"{count * largest / 1e6:,.1f}",
+                _shape(first.shape),
+                " + ".join(tensor.dtype for tensor in rows[0]),
+                _placement(first, layout.config, tp),
+                _shape(index_shape(first.index(0, tp))),
+                f"{_largest_bytes(rows, tp) / 1e6:,.1f}",
             )
         )
-    _print_table(rows)
+    _print_table(table)
 
 
-def _placement(tensor: StoredTensor, config: ModelConfig, tp: int) -> str:
+def _largest_bytes(rows: list[list[StoredTensor]], tp: int) -> int:
+    """Bytes of the fullest rank; a weight's scales count with it."""
+    tensors = [tensor for parts in rows for tensor in parts]
+    return max(sum(tensor.num_bytes(rank, tp) for tensor in tensors) for rank in range(tp))
+
+
+def _placement(row: Row, config: ModelConfig, tp: int) -> str:
     """The row's placement; kv heads that are replicated say how often."""
     copies = tp // config.num_key_value_heads
-    text = str(tensor.row.placement)
-    if tensor.shape != tensor.row.shape and "dim=1" in text:
-        return "replicate"
-    return f"{text}, each on {copies} ranks" if "kv" in text and copies > 1 else text
+    is_copied = isinstance(row.placement, SplitKVHeads) and copies > 1
+    return f"{row.placement}, each on {copies} ranks" if is_copied else str(row.placement)
 
 
 def _print_sizes(
@@ -132,10 +137,10 @@ def _print_sizes(
     rows: list[tuple[str, ...]] = [
         (
             "tp",
-            "weights",
+            "GB a rank: weights",
             "KV cache",
             "temporaries",
-            "total GB a rank",
+            "total",
             "GB on disk",
             "decode tok/s at most",
         )
@@ -152,9 +157,7 @@ def _print_sizes(
         rows.append((str(tp), *map(_gb, (*_columns(plan), disk)), speed))
     print()
     _print_table(rows)
-    print(
-        f"\ndecode: bytes read a token over {bandwidth:.1f} GB/s ({measured}); communication not counted"
-    )
+    print(f"\ndecode: bytes read a token over {bandwidth:.1f} GB/s ({measured}); no communication")
     print("\n".join([*reasons, f"valid tp sizes: {_join(layout.config.valid_tp_sizes())}"]))
 
 
@@ -198,13 +201,16 @@ def _to_json(
     }
 
 
-def _patterns(tensors: Iterable[StoredTensor]) -> list[tuple[str, int, StoredTensor]]:
-    """Tensors that differ in their layer only, as one line: pattern, how many, one of them."""
-    groups: dict[tuple[str, Any, str], list[StoredTensor]] = {}
-    for tensor in tensors:
-        key = (_LAYER.sub(".layers.*.", tensor.name), tensor.shape, tensor.dtype)
-        groups.setdefault(key, []).append(tensor)
-    return [(name, len(found), found[0]) for (name, _, _), found in groups.items()]
+def _patterns(layout: Layout) -> list[tuple[str, list[list[StoredTensor]]]]:
+    """Rows that differ in their layer only, together: pattern, and the stored parts of each row."""
+    parts: dict[str, list[StoredTensor]] = {}
+    for tensor in layout.tensors:
+        parts.setdefault(tensor.row.name, []).append(tensor)
+    groups: dict[tuple[str, Any], list[list[StoredTensor]]] = {}
+    for name, tensors in parts.items():
+        kinds = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
+        groups.setdefault((_LAYER.sub(".*.", name), kinds), []).append(tensors)
+    return [(name.removeprefix("model."), rows) for (name, _), rows in groups.items()]
 
 
 def _print_table(rows: list[tuple[str, ...]]) -> None:

@@ -159,9 +159,7 @@ def _prepared_layout(
             f"it from its source with the scheme that you want ({scheme.label})."
         )
     dtype_of = _prepared_dtype(source)
-    stored = make_layout(
-        config, source.scheme, vocab_emb_dp=source.vocab_emb_dp, dtype_of=dtype_of
-    )
+    stored = make_layout(config, source.scheme, vocab_emb_dp=source.vocab_emb_dp, dtype_of=dtype_of)
     _check_prepared(stored, source)
     return make_layout(config, source.scheme, vocab_emb_dp=vocab_emb_dp, dtype_of=dtype_of)
 

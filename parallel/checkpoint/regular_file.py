@@ -19,7 +19,9 @@ def check_regular(path: Path, most_bytes: int | None = None) -> None:
     try:
         status = path.stat()
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing; give the directory of a whole checkpoint.") from error
+        raise CheckpointError(
+            f"{path} is missing; give the directory of a whole checkpoint."
+        ) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({reason(error)}); copy it again.") from error
     if not S_ISREG(status.st_mode):

@@ -10,7 +10,12 @@ from parallel.errors import ModelError
 from parallel.model.families import FAMILIES, Family
 from parallel.model.rope_scaling import RopeScaling, parse_rope_scaling
 
-_DTYPES = {"float32", "float16", "bfloat16"}
+_DTYPES = ("bfloat16", "float16", "float32")
+# Far above any model, and low enough that a damaged number is refused before it is counted up to.
+_MOST = {"num_hidden_layers": 4096, "num_attention_heads": 65536}
+_MOST_SIZE = 2**31 - 1
+# Characters of a damaged value that a message shows.
+_LONGEST_VALUE = 200
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ class _Reader:
             num_key_value_heads=kv_heads,
             head_dim=self._head_dim(hidden, heads),
             max_position_embeddings=self._positive("max_position_embeddings", 2048),
-            rms_norm_eps=self._number("rms_norm_eps", 1e-6),
+            rms_norm_eps=self._number("rms_norm_eps", 1e-6, 1e-30, 1.0),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
             tie_word_embeddings=self._bool("tie_word_embeddings", False),
@@ -110,13 +115,15 @@ class _Reader:
 
     def _family(self) -> tuple[str, Family]:
         names = self.values.get("architectures") or ["(none)"]
-        if not isinstance(names, list) or names[0] not in FAMILIES:
+        if not isinstance(names, list) or not isinstance(names[0], str) or names[0] not in FAMILIES:
             shown = names[0] if isinstance(names, list) else names
             raise self._error("architectures", f"must be one of {', '.join(FAMILIES)}", shown)
         return names[0], FAMILIES[names[0]]
 
     def _refuse_quantized(self) -> None:
-        quantization = self.values.get("quantization_config")
+        # compressed-tensors called it compression_config at first.
+        keys = ("quantization_config", "compression_config")
+        quantization = next((self.values[key] for key in keys if key in self.values), None)
         if quantization is None:
             return
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
@@ -137,17 +144,21 @@ class _Reader:
         if window is None or (key and not self.values.get(key, False)):
             return
         context = self._positive("max_position_embeddings", 2048)
-        if isinstance(window, int) and window < context:
+        if self._positive("sliding_window") < context:
             raise self._error("sliding_window", f"must be null or at least {context}", window)
 
     def _rope(self) -> tuple[float, RopeScaling | None]:
         """transformers 5 keeps theta and scaling together under `rope_parameters`."""
         together = self.values.get("rope_parameters")
-        if isinstance(together, dict):
-            theta = together.get("rope_theta", 10000.0)
-            return float(theta), parse_rope_scaling(together, self.source)
-        scaling = parse_rope_scaling(self.values.get("rope_scaling"), self.source)
-        return self._number("rope_theta", 10000.0), scaling
+        if together is not None and not isinstance(together, dict):
+            raise self._error("rope_parameters", "must be an object or null", together)
+        if together is not None:
+            values = _Reader(together, f"{self.source}: rope_parameters")
+            return values._theta(), parse_rope_scaling(together, self.source)
+        return self._theta(), parse_rope_scaling(self.values.get("rope_scaling"), self.source)
+
+    def _theta(self) -> float:
+        return self._number("rope_theta", 10000.0, 1.0, 1e30)
 
     def _head_dim(self, hidden: int, heads: int) -> int:
         if self.values.get("head_dim") is None and hidden % heads:
@@ -163,21 +174,23 @@ class _Reader:
     def _dtype(self) -> str:
         name = self.values.get("dtype") or self.values.get("torch_dtype") or "float32"
         if name not in _DTYPES:
-            raise self._error("torch_dtype", f"must be one of {', '.join(sorted(_DTYPES))}", name)
+            raise self._error("torch_dtype", f"must be one of {', '.join(_DTYPES)}", name)
         return str(name)
 
     def _positive(self, key: str, default: int | None = None) -> int:
         value = self.values.get(key)
         value = default if value is None else value
-        if type(value) is not int or value < 1:
-            raise self._error(key, "must be a positive integer", value)
+        most = _MOST.get(key, _MOST_SIZE)
+        if type(value) is not int or not 1 <= value <= most:
+            raise self._error(key, f"must be an integer of 1 to {most}", value)
         return value
 
-    def _number(self, key: str, default: float) -> float:
+    def _number(self, key: str, default: float, least: float, most: float) -> float:
+        """A number that float32 arithmetic can take."""
         value = self.values.get(key)
         value = default if value is None else value
-        if type(value) not in (int, float) or not 0 < value < float("inf"):
-            raise self._error(key, "must be a positive number", value)
+        if type(value) not in (int, float) or not least <= value <= most:
+            raise self._error(key, f"must be a number of {least:g} to {most:g}", value)
         return float(value)
 
     def _bool(self, key: str, default: bool) -> bool:
@@ -187,7 +200,9 @@ class _Reader:
         return value
 
     def _error(self, key: str, rule: str, value: object) -> ModelError:
-        return ModelError(f"{self.source}: {key} {rule}, but is {value!r}.")
+        shown = repr(value)
+        shown = shown if len(shown) <= _LONGEST_VALUE else shown[:_LONGEST_VALUE] + "…"
+        return ModelError(f"{self.source}: {key} {rule}, but is {shown}.")
 
 
 def token_ids(value: object, source: str) -> tuple[int, ...]:

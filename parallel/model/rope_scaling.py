@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from parallel.errors import ModelError
 
 _KINDS = ("linear", "llama3")
+# Frequencies are float32; positions are int32 in other people's kernels.
+_MOST = 2.0**31
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,19 @@ def parse_rope_scaling(value: object, source: str) -> RopeScaling | None:
     kind = value.get("rope_type", value.get("type", "default"))
     if kind == "default":
         return None
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ModelError(
             f"{source}: the rope_type of rope_scaling must be one of default, {', '.join(_KINDS)}, "
             f"but is {kind!r}."
         )
     keys = ["factor"] if kind == "linear" else _LLAMA3_KEYS
-    return RopeScaling(kind, **{key: _number(value, key, source) for key in keys})  # type: ignore[arg-type]
+    scaling = RopeScaling(kind, **{key: _number(value, key, source) for key in keys})  # type: ignore[arg-type]
+    if kind == "llama3" and not scaling.low_freq_factor < scaling.high_freq_factor:
+        raise ModelError(
+            f"{source}: rope_scaling.high_freq_factor must be above low_freq_factor "
+            f"({scaling.low_freq_factor}), but is {scaling.high_freq_factor}."
+        )
+    return scaling
 
 
 _LLAMA3_KEYS = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
@@ -47,8 +55,9 @@ _LLAMA3_KEYS = ["factor", "low_freq_factor", "high_freq_factor", "original_max_p
 
 def _number(value: dict[str, object], key: str, source: str) -> float:
     number = value.get(key)
-    if not isinstance(number, int | float) or isinstance(number, bool) or number <= 0:
+    if type(number) not in (int, float) or not 0 < number <= _MOST:
         raise ModelError(
-            f"{source}: rope_scaling.{key} must be a number above 0, but is {number!r}."
+            f"{source}: rope_scaling.{key} must be a number above 0 and at most {_MOST:g}, "
+            f"but is {number!r}."
         )
     return number
