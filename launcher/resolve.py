@@ -12,6 +12,7 @@ from typing import Any
 
 from launcher.config import Config, GenerationSection, QuantSection
 from launcher.device import check_names
+from launcher.gpus import count_gpus
 from launcher.environment import WorkerEnvironment, decide_size
 from launcher.failures import ConfigError
 from launcher.job import Job, with_tp
@@ -19,6 +20,7 @@ from launcher.prompts import DEMO_PROMPTS, make_prompts
 from launcher.text import open_tokenizer
 from parallel.checkpoint.layout import Layout
 from parallel.checkpoint.open import Checkpoint, open_checkpoint, read_config
+from quant.scheme import QuantScheme
 
 DEMO = Path(__file__).parent / "demo"
 DEMO_TP = 2
@@ -63,6 +65,9 @@ def resolve(config: Config, environment: WorkerEnvironment) -> Resolved:
 def make_job(config: Config, environment: WorkerEnvironment) -> tuple[Job, tuple[str, ...]]:
     """The job of a task with prompts, and what to say about it."""
     resolved = resolve(config, environment)
+    _check_output(config)
+    _check_original(config, resolved.checkpoint)
+    _check_gpus(config, resolved, environment)
     tokenizer = open_tokenizer(resolved.checkpoint.path)
     default = DEMO_PROMPTS if resolved.checkpoint.path == DEMO else None
     context = resolved.checkpoint.config.max_position_embeddings
@@ -111,6 +116,41 @@ def _check_sampling_is_on(section: GenerationSection) -> None:
                 f"`generation.{key}` has no effect while generation.do_sample is false; "
                 "write generation.do_sample=true as well."
             )
+
+
+def _check_output(config: Config) -> None:
+    if config.output is not None:
+        raise ConfigError(
+            f"`output` is where prepare writes, but the task is {config.task.name}; leave it out "
+            "(results are under `run_root`)."
+        )
+
+
+def _check_original(config: Config, checkpoint: Checkpoint) -> None:
+    """verify reads it last, when everything else has run."""
+    if config.task.name != "verify" or config.verify.original is None:
+        return
+    path = Path(config.verify.original).absolute()
+    original = open_checkpoint(path, model_overrides(config), key="verify.original")
+    original.layout(QuantScheme())
+    if original.config.vocab_size != checkpoint.config.vocab_size:
+        raise ConfigError(
+            f"`verify.original` must have the checkpoint's vocab_size "
+            f"({checkpoint.config.vocab_size}), but {path} has {original.config.vocab_size}."
+        )
+
+
+def _check_gpus(config: Config, resolved: Resolved, environment: WorkerEnvironment) -> None:
+    """All ranks are on this host when it is we who start them."""
+    if config.device != "cuda" or not environment.is_plain:
+        return
+    size, num_gpus = resolved.config.parallel.tp, count_gpus()
+    assert size is not None
+    if num_gpus is not None and size > num_gpus:
+        raise ConfigError(
+            f"`device` is cuda, but this host has {num_gpus} GPUs for {size} ranks; "
+            "write device=cpu, or fewer ranks."
+        )
 
 
 def _override_notes(path: Path, overrides: Mapping[str, Any]) -> tuple[str, ...]:

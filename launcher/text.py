@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from parallel.checkpoint.json_file import read_json_object
+from parallel.checkpoint.regular_file import check_regular, reason
 from parallel.errors import CheckpointError
 
 
@@ -30,13 +31,14 @@ def open_tokenizer(directory: Path) -> Tokenizer:
     """
     for name, opener in (("tokenizer.json", _JsonTokenizer), ("tokenizer.model", _SentencePiece)):
         if (directory / name).exists():
+            check_regular(directory / name)
             try:
                 return opener(directory)
             except CheckpointError:
                 raise
             except Exception as error:  # both libraries raise bare Exception and RuntimeError
                 raise CheckpointError(
-                    f"{directory / name} is not a readable tokenizer ({error}); copy it again."
+                    f"{directory / name} is not a readable tokenizer ({reason(error)}); copy it again."
                 ) from error
     raise CheckpointError(
         f"{directory} has no tokenizer.json and no tokenizer.model; copy one beside the weights."

@@ -29,12 +29,14 @@ class StuckRankError(RunError):
     Attributes:
         rank: which one; the error is recorded as its own.
         place: where it runs.
+        reason: who waited for it, and what it did.
     """
 
-    def __init__(self, rank: int, place: Place, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, rank: int, place: Place, who: str, reason: str) -> None:
+        super().__init__(f"{who} did not answer: {reason}")
         self.rank = rank
         self.place = place
+        self.reason = reason
 
 
 class Watch:
@@ -150,10 +152,8 @@ class Watch:
         for rank in stuck if reason == "it no longer runs" else ():
             end_stuck(self._member.places[rank])
         who = self._presence.describe(*stuck)
-        message = (
-            f"{who} did not answer: {call} of rank {self._member.rank} waited for it; {reason}"
-        )
-        return StuckRankError(stuck[0], self._member.places[stuck[0]], message)
+        reason = f"{call} of rank {self._member.rank} waited for it; {reason}"
+        return StuckRankError(stuck[0], self._member.places[stuck[0]], who, reason)
 
     def _store_sentence(self) -> str:
         host = self._member.store_host

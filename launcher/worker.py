@@ -232,7 +232,7 @@ def _report(member: Member, error: BaseException) -> int:
             print(f"shardrun: {error}", file=sys.stderr, flush=True)
         return EXIT_USER
     record = _record(member.rank, error)
-    _say(member, record)
+    _say(member, error, record)
     _tell_torchrun(error)
     if not record.is_consequence:
         print(record.traceback, file=sys.stderr, flush=True)
@@ -244,15 +244,20 @@ def _record(rank: int, error: BaseException) -> ErrorRecord:
     record = ErrorRecord.of(rank, error)
     if isinstance(error, StuckRankError):
         place = error.place
-        record = replace(record, rank=error.rank, host=place["host"], pid=place["pid"])
+        record = replace(
+            record,
+            rank=error.rank,
+            host=place["host"],
+            pid=place["pid"],
+            message=f"it did not answer: {error.reason}",
+        )
     return record
 
 
-def _say(member: Member, record: ErrorRecord) -> None:
-    """A consequence leads with the rank that it comes from."""
-    said_by = f" (said rank {member.rank})"
-    is_about_other = record.is_consequence or record.rank != member.rank
-    line = record.message + said_by if is_about_other else str(record)
+def _say(member: Member, error: BaseException, record: ErrorRecord) -> None:
+    """What came from another rank leads with that one."""
+    is_about_other = isinstance(error, PeerError | StuckRankError)
+    line = f"{error} (said rank {member.rank})" if is_about_other else str(record)
     print(f"shardrun: {line}", file=sys.stderr, flush=True)
 
 

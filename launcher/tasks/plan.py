@@ -66,14 +66,10 @@ def _layout(config: Config) -> Layout:
 def _workload(config: Config, model: ModelConfig) -> Workload:
     context = model.max_position_embeddings
     length = config.plan.max_length or min(context, _DEFAULT_LENGTH)
-    if not 1 <= length <= context:
+    if length > context:
         raise ConfigError(
             f"`plan.max_length` must be 1 to {context} (the context), but is {length}."
         )
-    for key in ("batch_size", "bandwidth_gb_s"):
-        value = getattr(config.plan, key)
-        if value is not None and value <= 0:
-            raise ConfigError(f"`plan.{key}` must be above 0, but is {value}.")
     dtype = model.dtype if config.dtype == "auto" else config.dtype
     return Workload(config.plan.batch_size, length, config.generation.prefill_chunk, dtype)
 
@@ -81,8 +77,6 @@ def _workload(config: Config, model: ModelConfig) -> Workload:
 def _sizes(config: Config, model: ModelConfig) -> list[int]:
     if config.plan.tp is None:
         return [tp for tp in model.valid_tp_sizes() if tp <= _MOST_SIZES]
-    if not config.plan.tp or min(config.plan.tp) < 1:
-        raise ConfigError(f"`plan.tp` must list sizes of at least 1, but is {config.plan.tp}.")
     return config.plan.tp
 
 

@@ -133,9 +133,11 @@ class _Reader:
         )
 
     def _refuse_unsupported(self, family: Family) -> None:
-        activation = self.values.get("hidden_act", "silu")
-        if activation != "silu":
-            raise self._error("hidden_act", "must be silu", activation)
+        rope = self.values.get("rope_parameters")
+        for key, only in (("hidden_act", "silu"), ("partial_rotary_factor", 1.0)):
+            for values in (self.values, rope if isinstance(rope, dict) else {}):
+                if values.get(key, only) != only:
+                    raise self._error(key, f"must be {only}", values[key])
         self._refuse_sliding_window(family)
 
     def _refuse_sliding_window(self, family: Family) -> None:

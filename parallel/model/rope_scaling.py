@@ -32,6 +32,8 @@ def parse_rope_scaling(value: object, source: str) -> RopeScaling | None:
         return None
     if not isinstance(value, dict):
         raise ModelError(f"{source}: rope_scaling must be an object or null, but is {value!r}.")
+    if "factor" in value and not {"rope_type", "type"} & value.keys():
+        raise ModelError(f"{source}: rope_scaling has a factor, but no rope_type: {value!r}.")
     kind = value.get("rope_type", value.get("type", "default"))
     if kind == "default":
         return None
