@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from launcher.environment import WorkerEnvironment
 from launcher.failures import RunError
 from launcher.presence import (
+    GRACE_S,
     Place,
     Presence,
     is_here,
@@ -131,6 +133,13 @@ def say_ended(member: Member, status: int, message: str, *, is_cause: bool) -> N
 
     The rank that hosts the store stays until the others have ended too.
     """
+    thread = threading.Thread(target=_tell, args=(member, status, message, is_cause), daemon=True)
+    thread.start()
+    # A host that is stopped never answers: nobody waits for it for ever.
+    thread.join(None if member.hosts_store else GRACE_S)
+
+
+def _tell(member: Member, status: int, message: str, is_cause: bool) -> None:
     try:
         write_end(member.store, member.rank, status, message, is_cause)
         if member.hosts_store:

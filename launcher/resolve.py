@@ -12,9 +12,9 @@ from typing import Any
 
 from launcher.config import Config, GenerationSection, QuantSection
 from launcher.device import check_names
-from launcher.gpus import count_gpus
 from launcher.environment import WorkerEnvironment, decide_size
 from launcher.failures import ConfigError
+from launcher.gpus import count_gpus
 from launcher.job import Job, with_tp
 from launcher.prompts import DEMO_PROMPTS, make_prompts
 from launcher.text import open_tokenizer

@@ -21,6 +21,7 @@ from launcher.rendezvous import Member
 BEAT_S = 0.5
 # A rank whose watch has missed several beats is stopped, not slow.
 _STUCK_S = 4 * BEAT_S
+_NOT_RUNNING = "it no longer runs"
 
 
 class StuckRankError(RunError):
@@ -57,6 +58,7 @@ class Watch:
         self._presence = Presence(self._store, member.places)
         self._others = [rank for rank in range(member.size) if rank != member.rank]
         self._progress: Callable[[], int] = int
+        self._answered_at = time.monotonic()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
@@ -70,7 +72,7 @@ class Watch:
     def stop(self) -> None:
         """Stop watching, before this rank says how it ended."""
         self._stopped.set()
-        self._thread.join()
+        self._thread.join(_STUCK_S)
 
     def describe_failure(self, call: str) -> str:
         """Why a collective broke: a rank that is gone.
@@ -78,6 +80,8 @@ class Watch:
         Raises:
             StuckRankError: all live, and one is behind the others.
         """
+        if not self._store_answers():
+            return f"{call} broke: {self._find_stuck_host(call)}"
         try:
             return f"{call} broke: {self._wait_for_lost() or self._find_stuck(call)}"
         except dist.DistError:
@@ -95,9 +99,27 @@ class Watch:
         """Beat, and say which rank is lost."""
         try:
             write_beat(self._store, self._member.rank, self._progress())
-            return self._lost_sentence()
+            sentence = self._lost_sentence()
         except dist.DistError:
             return self._store_sentence()
+        self._answered_at = time.monotonic()
+        return sentence
+
+    def _store_answers(self) -> bool:
+        """Whether what the watching thread asks of the store comes back; it would wait for ever."""
+        while self._thread.is_alive() and not self._stopped.is_set():
+            silence_s = time.monotonic() - self._answered_at
+            if silence_s < 2 * BEAT_S:
+                return True
+            if silence_s > BEAT_S + _STUCK_S:
+                return False
+            time.sleep(0.05)
+        return True
+
+    def _find_stuck_host(self, call: str) -> str:
+        if self._member.store_host != "rank 0":
+            return f"{self._member.store_host}, which hosts the rendezvous, does not answer"
+        raise self._stuck_error(call, [0], _NOT_RUNNING)
 
     def _wait_for_lost(self) -> str:
         """Whoever broke a collective is soon known as gone; on another machine it takes longer."""
@@ -132,7 +154,7 @@ class Watch:
         fewest = min(counts.values())
         behind = [rank for rank, count in counts.items() if count == fewest]
         if silent:
-            stuck, reason = silent, "it no longer runs"
+            stuck, reason = silent, _NOT_RUNNING
         elif len(behind) < len(counts):
             stuck, reason = behind, f"it entered only {fewest} collectives"
         else:
@@ -149,7 +171,7 @@ class Watch:
         return [rank for rank in self._others if self._presence.silence_s(rank) > 0.7 * _STUCK_S]
 
     def _stuck_error(self, call: str, stuck: list[int], reason: str) -> StuckRankError:
-        for rank in stuck if reason == "it no longer runs" else ():
+        for rank in stuck if reason == _NOT_RUNNING else ():
             end_stuck(self._member.places[rank])
         who = self._presence.describe(*stuck)
         reason = f"{call} of rank {self._member.rank} waited for it; {reason}"

@@ -12,6 +12,7 @@ from parallel.generation.decode import Completion, GenerationLoop, Request
 from parallel.generation.sampling import Sampling
 from parallel.generation.score import score
 from parallel.group import Group, LoneGroup, ThreadGroup
+from parallel.model.build import build_decoder
 from parallel.model.decoder import Decoder
 from quant.scheme import QuantScheme
 
@@ -35,7 +36,7 @@ def load(
 ) -> Decoder:
     layout = checkpoint.layout(scheme, vocab_emb_dp=vocab_emb_dp)
     weights = load_rank(layout, checkpoint.source, group.rank, group.size, dtype, CPU)
-    return Decoder(checkpoint.config, layout.table, weights, group, length)
+    return build_decoder(checkpoint.config, layout.table, weights, group, length)
 
 
 def logits(path: Path, ids: list[int], size: int, *, chunk: int = 512, **how) -> torch.Tensor:

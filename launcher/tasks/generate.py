@@ -26,6 +26,7 @@ from parallel.checkpoint.shard import load_rank
 from parallel.generation.decode import Completion, GenerationLoop, Request, Timings
 from parallel.generation.sampling import Sampling
 from parallel.group import Group
+from parallel.model.build import build_decoder
 from parallel.model.decoder import Decoder
 from quant.scheme import QuantScheme
 from quant.weight import Weight
@@ -78,7 +79,9 @@ def load_decoder(
         scheme or job.config.quant.scheme(), vocab_emb_dp=job.config.parallel.vocab_emb_dp
     )
     weights = load_rank(layout, checkpoint.source, group.rank, group.size, dtype, device)
-    decoder = Decoder(checkpoint.config, layout.table, weights, group, cache_length(job.prompts))
+    decoder = build_decoder(
+        checkpoint.config, layout.table, weights, group, cache_length(job.prompts)
+    )
     return decoder, weights
 
 

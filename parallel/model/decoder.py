@@ -6,7 +6,7 @@ heads, K local kv heads, G query heads of a kv head, C head_dim, L length of the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,10 +22,7 @@ from parallel.layers import (
     VocabParallelHead,
 )
 from parallel.model.config import ModelConfig
-from parallel.model.placements import EMBEDDING, HEAD, Table, head_sizes
 from parallel.model.rope import cos_sin_table, rotate
-from parallel.placement import Split
-from quant.weight import Weight
 
 
 @dataclass(frozen=True)
@@ -156,34 +153,33 @@ Masks = tuple[Tensor, ...]
 
 
 class Decoder:
-    """One rank's part of the model.
+    """One rank's part of the model; parallel/model/build.py puts it together.
 
     Args:
-        config: the model.
-        table: its tensors, as `placement_table` gives them; says which are whole on every rank.
-        weights: this rank's slice of each, by checkpoint name, in the compute dtype.
-        group: the ranks that share the model.
         max_length: the longest sequence, for the table of rotary angles.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        table: Table,
-        weights: Mapping[str, Weight],
         group: Group,
+        embed_tokens: VocabParallelEmbedding,
+        layers: Sequence[DecoderLayer],
+        norm: RMSNorm,
+        lm_head: VocabParallelHead,
+        *,
+        num_local_kv_heads: int,
         max_length: int,
     ) -> None:
         self.config = config
         self.group = group
-        builder = _Builder(config, table, weights, group)
-        self.embed_tokens = builder.embedding()
-        self.layers = [builder.layer(index) for index in range(config.num_hidden_layers)]
-        self.norm = builder.norm("model.norm")
-        self.lm_head = builder.head()
-        self.num_local_kv_heads = builder.num_local_kv_heads()
-        self.dtype = self.norm.weight_D.dtype
-        self.device = self.norm.weight_D.device
+        self.embed_tokens = embed_tokens
+        self.layers = layers
+        self.norm = norm
+        self.lm_head = lm_head
+        self.num_local_kv_heads = num_local_kv_heads
+        self.dtype = norm.weight_D.dtype
+        self.device = norm.weight_D.device
         cos_LC, sin_LC = cos_sin_table(config, max_length, self.dtype)
         self._cos_LC, self._sin_LC = cos_LC.to(self.device), sin_LC.to(self.device)
 
@@ -225,83 +221,3 @@ def _masks(step: Step) -> Masks:
 
 def _visible(positions_T: Tensor, length: int) -> Tensor:
     return torch.arange(length, device=positions_T.device) <= positions_T.unsqueeze(1)
-
-
-class _Builder:
-    """Puts one rank's weights, by checkpoint name, into layers."""
-
-    def __init__(
-        self, config: ModelConfig, table: Table, weights: Mapping[str, Weight], group: Group
-    ) -> None:
-        self.config = config
-        self.table = table
-        self.weights = weights
-        self.group = group
-
-    def embedding(self) -> VocabParallelEmbedding:
-        rows = self.table[EMBEDDING].index(self.group.rank, self.group.size)[0]
-        is_whole = rows == slice(0, self.config.vocab_size)
-        return VocabParallelEmbedding(
-            self._tensor(EMBEDDING), rows.start, None if is_whole else self.group
-        )
-
-    def head(self) -> VocabParallelHead:
-        sizes = head_sizes(self.config, self.group.size)
-        return VocabParallelHead(self._head_weight(), sizes, self.group)
-
-    def layer(self, index: int) -> DecoderLayer:
-        prefix = f"model.layers.{index}."
-        return DecoderLayer(
-            self.norm(prefix + "input_layernorm"),
-            self._attention(index, prefix + "self_attn."),
-            self.norm(prefix + "post_attention_layernorm"),
-            self._mlp(prefix + "mlp."),
-        )
-
-    def norm(self, path: str) -> RMSNorm:
-        return RMSNorm(self._tensor(path + ".weight"), self.config.rms_norm_eps)
-
-    def num_local_kv_heads(self) -> int:
-        weight = self.weights["model.layers.0.self_attn.k_proj.weight"]
-        return weight.shape[0] // self.config.head_dim
-
-    def _attention(self, index: int, prefix: str) -> Attention:
-        return Attention(
-            index,
-            self.config.head_dim,
-            self._column(prefix + "q_proj"),
-            self._column(prefix + "k_proj"),
-            self._column(prefix + "v_proj"),
-            self._row(prefix + "o_proj"),
-        )
-
-    def _mlp(self, prefix: str) -> MLP:
-        return MLP(
-            self._column(prefix + "gate_proj"),
-            self._column(prefix + "up_proj"),
-            self._row(prefix + "down_proj"),
-        )
-
-    def _head_weight(self) -> Weight:
-        """A tied head is this rank's rows of the embedding: a view, also of a whole one."""
-        if HEAD in self.weights:
-            return self.weights[HEAD]
-        embedding = self._tensor(EMBEDDING)
-        if embedding.shape[0] != self.config.vocab_size:
-            return embedding
-        shape = (self.config.vocab_size, self.config.hidden_size)
-        return embedding[Split(0).index(shape, self.group.rank, self.group.size)[0]]
-
-    def _column(self, path: str) -> ColumnParallelLinear:
-        return ColumnParallelLinear(self.weights[path + ".weight"], self._bias(path))
-
-    def _row(self, path: str) -> RowParallelLinear:
-        return RowParallelLinear(self.weights[path + ".weight"], self._bias(path), self.group)
-
-    def _bias(self, path: str) -> Tensor | None:
-        return self._tensor(path + ".bias") if path + ".bias" in self.weights else None
-
-    def _tensor(self, name: str) -> Tensor:
-        weight = self.weights[name]
-        assert isinstance(weight, Tensor), f"{name} is never quantized"
-        return weight

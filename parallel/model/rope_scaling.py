@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from parallel.errors import ModelError
 
@@ -55,9 +56,10 @@ def parse_rope_scaling(value: object, source: str) -> RopeScaling | None:
 _LLAMA3_KEYS = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
 
 
-def _number(value: dict[str, object], key: str, source: str) -> float:
+def _number(value: dict[str, Any], key: str, source: str) -> float:
     number = value.get(key)
-    if type(number) not in (int, float) or not 0 < number <= _MOST:
+    is_number = isinstance(number, int | float) and not isinstance(number, bool)
+    if not is_number or not 0 < number <= _MOST:
         raise ModelError(
             f"{source}: rope_scaling.{key} must be a number above 0 and at most {_MOST:g}, "
             f"but is {number!r}."
