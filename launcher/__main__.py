@@ -88,7 +88,7 @@ def _be_rank(config: Config, environment: WorkerEnvironment, started_at: float) 
 
     return run_external(
         environment,
-        lambda: make_job(config, environment)[0],
+        lambda: make_job(config, environment),
         started_at,
         config.parallel.start_timeout_s,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os.path
+import reprlib
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -36,8 +37,8 @@ def _at_least(least: int) -> Rule:
     return Rule(lambda value: value >= least, f"at least {least}")
 
 
-# A deadline in milliseconds must fit the 32 bits that sockets have for it: 23 days are enough.
-_SECONDS = Rule(lambda value: 0 < value <= 2e6, "above 0 and at most 2e6 seconds")
+# Below a tenth of a second no network answers; above 2e6, milliseconds do not fit 32 bits.
+_SECONDS = Rule(lambda value: 0.1 <= value <= 2e6, "0.1 to 2e6 seconds")
 
 
 def _key(default: Any, text: str, rule: Rule | None = None) -> Any:
@@ -227,6 +228,7 @@ VERBATIM = (
 _PATHS = frozenset(VERBATIM) - {"prompt"}
 # Text of the user's, in which `${…}` and `???` mean nothing to OmegaConf.
 TEXTS = (*VERBATIM, "prompts", "generation.stop")
+_MOST_VALUES = 100_000
 # Keys of which one on the command line stands in for another of a file.
 _RIVALS = (
     {"prompt", "prompts", "prompts_file"},
@@ -349,12 +351,28 @@ def _file_values(overrides: list[tuple[str, str]]) -> dict[str, Any]:
         return {}
     from launcher.config_file import read_config_file
 
-    values = read_config_file(Path(paths[-1]))
+    try:
+        values = read_config_file(Path(paths[-1]))
+        _check_size(values, paths[-1])
+    except RecursionError as error:
+        raise ConfigError(f"`config` {paths[-1]} is nested without end; correct it.") from error
     for key, value in values.items():
         _check_key(key)
         if key in GROUPS:
             _check_option(key, str(value))
     return values
+
+
+def _check_size(values: Mapping[str, Any], path: str) -> None:
+    """A few lines of YAML whose aliases name each other can stand for more than fits in memory."""
+    waiting: list[Any] = [values]
+    for _ in range(_MOST_VALUES):
+        if not waiting:
+            return
+        value = waiting.pop()
+        if isinstance(value, Mapping | list):
+            waiting += value.values() if isinstance(value, Mapping) else value
+    raise ConfigError(f"`config` {path} must have at most {_MOST_VALUES} values; shorten it.")
 
 
 def _compose_groups(choices: Mapping[str, str]) -> Any:
@@ -377,11 +395,11 @@ def _parse(key: str, text: str) -> Any:
         override = OverridesParser.create().parse_override(f"{key}={text}")
     except (HydraException, RecursionError) as error:
         raise ConfigError(
-            f"`{key}` cannot be read from {text!r}; put the value in quotes: {key}=\"'…'\"."
+            f"`{key}` cannot be read from {_shown(text)}; put the value in quotes: {key}=\"'…'\"."
         ) from error
     if override.is_sweep_override():
         raise ConfigError(
-            f"`{key}` must be one value, but is {text!r}; lists go in brackets: [a,b]."
+            f"`{key}` must be one value, but is {_shown(text)}; lists go in brackets: [a,b]."
         )
     return override.value()
 
@@ -405,7 +423,7 @@ def _update(node: Any, key: str, value: Any) -> None:
         OmegaConf.update(node, key, value, merge=False)
         OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, RecursionError) as error:
-        raise ConfigError(f"`{key}` must be {_kind(key)}, but is {value!r}.") from error
+        raise ConfigError(f"`{key}` must be {_kind(key)}, but is {_shown(value)}.") from error
 
 
 def _set_text(config: Config, key: str, value: Any) -> None:
@@ -418,7 +436,7 @@ def _set_text(config: Config, key: str, value: Any) -> None:
     elif value is not None and not is_list:
         _check_text(key, value)
     elif value is not None or "null" not in _kind(key):
-        raise ConfigError(f"`{key}` must be {_kind(key)}, but is {value!r}.")
+        raise ConfigError(f"`{key}` must be {_kind(key)}, but is {_shown(value)}.")
     section, _, name = key.rpartition(".")
     setattr(getattr(config, section) if section else config, name, value)
 
@@ -428,12 +446,20 @@ def _check_text(key: str, value: object) -> None:
     written to any file."""
     if not isinstance(value, str):
         raise ConfigError(
-            f"`{key}` must be {_kind(key)}, but holds {value!r}; put it in quotes: ['…']."
+            f"`{key}` must be {_kind(key)}, but holds {_shown(value)}; put it in quotes: ['…']."
         )
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise ConfigError(f"`{key}` must be UTF-8 text, but is {value!r}; type it anew.")
     if key in _PATHS and (not value or "\0" in value):
         raise ConfigError(f"`{key}` must be a path, but is {value!r}; leave it out, or give one.")
+
+
+def _shown(value: object) -> str:
+    """A value of any size as part of a sentence."""
+    shown = reprlib.Repr()
+    shown.maxlevel, shown.maxlist, shown.maxdict = 3, 10, 10
+    shown.maxstring = shown.maxother = shown.maxlong = 200
+    return shown.repr(value)
 
 
 def _check_rules(config: Config) -> None:

@@ -6,11 +6,12 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, BinaryIO
 
-from launcher.config import Config
+from launcher.config import Config, GenerationSection
 from launcher.failures import ConfigError
 from launcher.job import Prompt
 from launcher.text import Tokenizer
@@ -20,6 +21,8 @@ from parallel.errors import PromptError
 DEMO_PROMPTS = ["I love Beijing, because", "LLaMA is a", "Huawei is a company that"]
 DEFAULT_NEW_TOKENS = 128
 _MOST_BYTES = 256 << 20
+# Other fields of a .jsonl line, such as a category, are the user's own; these would be missed.
+_GENERATION_KEYS = {item.name for item in fields(GenerationSection)}
 
 
 def make_prompts(
@@ -115,6 +118,12 @@ def _jsonl_texts(name: str, text: str) -> Iterator[tuple[Any, str]]:
             raise ConfigError(
                 f"`prompts_file` {name}, line {number}: `id` must be a string or an integer, but "
                 f"is {entry['id']!r}; correct it."
+            )
+        ignored = sorted(entry.keys() & _GENERATION_KEYS)
+        if ignored:
+            raise ConfigError(
+                f"`prompts_file` {name}, line {number}: {ignored[0]} cannot be set for one prompt; "
+                f"set generation.{ignored[0]} for all of them."
             )
         yield entry.get("id"), entry["prompt"]
 

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
@@ -121,11 +122,21 @@ def host_until_done(environment: WorkerEnvironment, timeout_s: float) -> int:
     store = open_store(environment, deadline, None)
     presence = Presence(store, _wait_for_places(store, environment.size, deadline))
     ends = presence.wait_for_ends()
+    if problem := _problem_of(presence, ends):
+        print(f"shardrun: {problem} (said the scheduler)", file=sys.stderr, flush=True)
+    return int(bool(problem))
+
+
+def _problem_of(presence: Presence, ends: list[dict[str, Any] | None]) -> str:
+    """What the first rank of those that failed by themselves said; else who said nothing."""
+    failed = {rank: end for rank, end in enumerate(ends) if end and end["status"]}
+    for rank, end in failed.items():
+        if end["is_cause"]:
+            return f"rank {rank} failed: {end['message']}"
     wordless = [rank for rank, end in enumerate(ends) if end is None]
     if wordless:
-        who = presence.describe(*wordless)
-        print(f"shardrun: scheduler: {who} ended without a word", file=sys.stderr, flush=True)
-    return int(any(end is None or end["status"] for end in ends))
+        return f"{presence.describe(*wordless)} ended without a word"
+    return f"rank {min(failed)} failed" if failed else ""
 
 
 def say_ended(member: Member, status: int, message: str, *, is_cause: bool) -> None:
@@ -162,9 +173,10 @@ def wait_for(
         _check_nobody_failed(store, size)
         if deadline.is_over:
             numbers = ", ".join(map(str, missing))
-            raise RunError(
+            _refuse(
+                store,
                 f"rank {numbers} of {size} did not {verb} within {deadline.timeout_s:g} s; look at "
-                "the logs of those processes"
+                "the logs of those processes",
             )
         time.sleep(_POLL_S)
     return [store.get(f"{what}/{rank}") for rank in range(size)]
@@ -311,9 +323,7 @@ def _take_rank(store: dist.Store, environment: WorkerEnvironment, deadline: Dead
     store.set(f"claim/{arrival}", str(claimed))
     rank = claimed if claimed >= 0 else _free_rank(store, arrival, size, deadline)
     if store.add(f"taken/{rank}", 1) > 1:
-        problem = f"two workers claim rank {rank}; give each its own RANK_ID"
-        store.set("refused", problem)
-        raise RunError(problem)
+        _refuse(store, f"two workers claim rank {rank}; give each its own RANK_ID")
     store.set(f"place/{rank}", json.dumps(place_of_process()))
     return rank
 
@@ -323,7 +333,7 @@ def _free_rank(store: dist.Store, arrival: int, size: int, deadline: Deadline) -
     while not store.check([f"claim/{index}" for index in range(size)]):
         _check_nobody_failed(store, size)
         if deadline.is_over:
-            raise RunError(_too_few(store, size, deadline))
+            _refuse(store, _too_few(store, size, deadline))
         time.sleep(_POLL_S)
     claims = [int(store.get(f"claim/{index}")) for index in range(size)]
     free = sorted(set(range(size)) - set(claims))
@@ -344,6 +354,14 @@ def _too_few(store: dist.Store, size: int, deadline: Deadline) -> str:
 
 def _wait_for_places(store: dist.Store, size: int, deadline: Deadline) -> list[Place]:
     return [json.loads(value) for value in wait_for(store, "place", size, deadline)]
+
+
+def _refuse(store: dist.Store, problem: str) -> NoReturn:
+    """The job cannot become whole: every rank ends with the same sentence."""
+    store.set("refused", problem)
+    # If the store lives here, the others have a moment to read it.
+    time.sleep(10 * _POLL_S)
+    raise RunError(problem)
 
 
 def _check_nobody_failed(store: dist.Store, size: int) -> None:

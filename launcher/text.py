@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, Protocol
 
 from parallel.checkpoint.json_file import read_json_object
 from parallel.checkpoint.regular_file import check_regular, reason
-from parallel.errors import CheckpointError
+from parallel.errors import CheckpointError, PromptError
 
 
 class Tokenizer(Protocol):
@@ -52,7 +53,12 @@ class _SentencePiece:
         self._processor: Any = SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
         options = directory / "tokenizer_config.json"
         values = read_json_object(options) if options.exists() else {}
-        self._adds_bos = bool(values.get("add_bos_token", True)) and self._processor.bos_id() >= 0
+        adds_bos = values.get("add_bos_token", True)
+        if type(adds_bos) not in (bool, NoneType):
+            raise CheckpointError(
+                f"{options}: add_bos_token must be true or false, but is {adds_bos!r}; correct it."
+            )
+        self._adds_bos = bool(adds_bos) and self._processor.bos_id() >= 0
 
     def encode(self, text: str) -> list[int]:
         ids = list(self._processor.encode(text))
@@ -71,7 +77,12 @@ class _JsonTokenizer:
         self._library: Any = Library.from_file(str(directory / "tokenizer.json"))
 
     def encode(self, text: str) -> list[int]:
-        return list(self._library.encode(text).ids)
+        try:
+            return list(self._library.encode(text).ids)
+        except Exception as error:  # the library raises it bare, as for a vocabulary without [UNK]
+            raise PromptError(
+                f"{text[:40]!r} cannot be tokenized ({reason(error)}); use another tokenizer.json."
+            ) from error
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self._library.decode(list(token_ids), skip_special_tokens=True))

@@ -45,6 +45,7 @@ from parallel.group import Group, LoneGroup, TorchGroup
 
 # What a rank does with its error before it leaves; returns its exit status.
 Recorder = Callable[[BaseException], int]
+JobMaker = Callable[[], tuple[Job, tuple[str, ...]]]
 
 
 def run_started(run_path: str, job_hash: str, started_at: float) -> None:
@@ -68,14 +69,15 @@ def run_started(run_path: str, job_hash: str, started_at: float) -> None:
 
 def run_external(
     environment: WorkerEnvironment,
-    make_job: Callable[[], Job],
+    make_job: JobMaker,
     started_at: float,
     start_timeout_s: float = 300.0,
 ) -> int:
     """Entry point of a rank that somebody else started: its output is theirs to collect.
 
     Args:
-        make_job: composes and checks the job from this process's own command line.
+        make_job: checks the job of this process's own command line; returns it with what is to be
+            said about it.
 
     Returns:
         0; a failed rank leaves the process with its status.
@@ -166,13 +168,15 @@ def _open_group(member: Member, device: torch.device, timeout_s: float, watch: W
     return TorchGroup(watch.describe_failure)
 
 
-def _agree(member: Member, make_job: Callable[[], Job], deadline: Deadline) -> tuple[Job, RunDir]:
+def _agree(member: Member, make_job: JobMaker, deadline: Deadline) -> tuple[Job, RunDir]:
     """All ranks hold rank 0's job, or all end with the sentence of the first that does not."""
     job, problem = None, ""
     try:
-        job = make_job()
+        job, notes = make_job()
         if member.rank == 0:
             _publish(member, job)
+            for note in notes:
+                print(f"shardrun: {note}", file=sys.stderr, flush=True)
     except USER_ERRORS as error:
         problem = str(error)
     if member.rank == 0 and problem:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
@@ -55,7 +55,9 @@ class QuantScheme:
     def __post_init__(self) -> None:
         for name, allowed in ALLOWED.items():
             _check_choice(name, getattr(self, name), allowed)
+        _check_types(self)
         _check_method(self)
+        _check_effects(self)
         _check_supported(self)
 
     @property
@@ -82,8 +84,7 @@ class QuantScheme:
         for key in values:
             if key not in known:
                 raise QuantError(f"`quant.{key}` is not a key; {_nearest(key, known)}.")
-        tuples = {key: tuple(values[key] or ()) for key in _TUPLES if key in values}
-        return cls(**{**values, **tuples})
+        return cls(**{**values, **{key: _tuple(values, key) for key in _TUPLES if key in values}})
 
     def left_out(self, modules: Iterable[str]) -> frozenset[str]:
         """The modules that `modules_to_not_convert` leaves unquantized.
@@ -98,10 +99,23 @@ class QuantScheme:
             if not hits:
                 raise QuantError(_no_match(pattern, modules))
             matched |= hits
+        if len(matched) == len(modules):
+            raise QuantError(
+                f"`quant.modules_to_not_convert` matches every module with "
+                f"{list(self.modules_to_not_convert)!r}, so nothing would be quantized; drop a "
+                "pattern, or write quant=none."
+            )
         return frozenset(matched)
 
 
 _TUPLES = ("modules_to_not_convert", "layer_policies")
+
+
+def _tuple(values: Mapping[str, Any], key: str) -> tuple[Any, ...]:
+    value = values[key] if values[key] is not None else ()
+    if not isinstance(value, list | tuple):
+        raise QuantError(f"`quant.{key}` must be a list, but is {value!r}.")
+    return tuple(value)
 
 
 def translate_mindformers(pattern: str) -> str:
@@ -135,6 +149,39 @@ def _check_choice(name: str, value: object, allowed: tuple[str | None, ...]) -> 
 def _nearest(word: str, known: Iterable[str]) -> str:
     close = get_close_matches(word.replace("-", ""), list(known), n=1, cutoff=0.3)
     return f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def _check_types(scheme: QuantScheme) -> None:
+    """What a manifest or a YAML file may hold where the command line's schema does not look."""
+    patterns, arguments = scheme.modules_to_not_convert, scheme.algorithm_args
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise QuantError(
+            f"`quant.modules_to_not_convert` must be a list of patterns, but is {list(patterns)!r}."
+        )
+    if not isinstance(arguments, Mapping):
+        raise QuantError(f"`quant.algorithm_args` must be a mapping, but is {arguments!r}.")
+
+
+# A field that has no effect unless another one is set: refused, or its user would not know.
+_NEEDS: Mapping[str, str] = {
+    "modules_to_not_convert": "quant_method",
+    "algorithm_args": "quant_method",
+    "act_quant_granularity": "activation_dtype",
+    "kvcache_quant_granularity": "kvcache_dtype",
+}
+
+
+def _check_effects(scheme: QuantScheme) -> None:
+    defaults = {item.name: item.default for item in fields(scheme)}
+    for name, needed in _NEEDS.items():
+        value = getattr(scheme, name)
+        is_set = bool(value) if defaults[name] is MISSING else value != defaults[name]
+        if is_set and getattr(scheme, needed) is None:
+            shown = list(value) if isinstance(value, tuple) else value
+            raise QuantError(
+                f"`quant.{name}` is {shown!r}, which has no effect while quant.{needed} is null; "
+                f"set quant.{needed} too, or leave it out."
+            )
 
 
 def _check_method(scheme: QuantScheme) -> None:

@@ -427,9 +427,9 @@ class Lesson:
 # Comparing is learned only by a model that can look things up, and first on the smallest case:
 # trained on the whole corpus from the start, it guesses yes or no for ever.
 LESSONS = [
-    Lesson(0.35, PROSE | {write_reading: 10}),
-    Lesson(0.3, {write_small_quiz: 16, write_story: 1, write_facts: 1, write_list: 1}),
-    Lesson(0.35, CORPUS),
+    Lesson(0.535, PROSE | {write_reading: 10}),
+    Lesson(0.17, {write_small_quiz: 16, write_story: 1, write_facts: 1, write_list: 1}),
+    Lesson(0.295, CORPUS),
 ]
 
 
@@ -601,7 +601,7 @@ class Recipe:
     batch_tokens: int = 1536
     learning_rate: float = 6e-4
     warmup_steps: int = 60
-    flat_share: float = 0.5
+    flat_share: float = 0.65
     weight_decay: float = 0.1
     answer_weight: float = 5.0
 
@@ -861,7 +861,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--output", type=Path, default=Path("launcher/demo"))
-    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--steps", type=int, default=1700)
     parser.add_argument("--threads", type=int, default=3)
     return parser.parse_args()
 

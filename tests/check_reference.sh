@@ -81,11 +81,12 @@ check() { # NAME COMMAND…
 check_kill() { # NAME VARIABLE=RANK COMMAND…
     local name=$1 line=$2 pid victim status note start=$SECONDS
     shift 2
+    : >"$WORK/out"
     timeout 170 "$@" >"$WORK/out" 2>"$WORK/err" </dev/null &
     pid=$!
     until grep -q text_generation_text "$WORK/out" || ! kill -0 $pid 2>/dev/null; do sleep 0.1; done
-    victim=$(marked "$line" | head -n 1)
-    [ -n "$victim" ] || { verdict "$name" 1 "(no process of $line)"; return; }
+    victim=$(marked "$line" | sed -n 1p)
+    [ -n "$victim" ] || { kill $pid; wait $pid; verdict "$name" 1 "(no process of $line)"; return; }
     kill -KILL "$victim"
     start=$SECONDS
     wait $pid

@@ -15,11 +15,17 @@ done
 
 cluster=$WORK/slurm
 mkdir -p "$cluster/state" "$cluster/spool.n1" "$cluster/spool.n2"
-stop() {
+stop() { # only the daemons started here
+    local file pid pids=()
     for file in "$cluster"/*.pid; do
-        [ -f "$file" ] && kill "$(cat "$file")" 2>/dev/null
+        [ -f "$file" ] && pids+=("$(cat "$file")")
     done
-    [ -n "${munged:-}" ] && kill "$munged" 2>/dev/null
+    [ -n "${munged:-}" ] && pids+=("$munged")
+    [ ${#pids[@]} = 0 ] && return
+    kill "${pids[@]}" 2>/dev/null
+    for pid in "${pids[@]}"; do
+        timeout 10 tail --pid="$pid" -f /dev/null
+    done
 }
 trap stop EXIT
 
@@ -93,4 +99,6 @@ check "srun, torchrun on each of two nodes" srun -N2 -n2 bash -c \
 check_kill "srun -N1 -n2, SIGKILL to rank 1" SLURM_PROCID=1 srun -N1 -n2 "$PYTHON" "${LONG[@]}"
 check_kill "srun -N2 -n2, SIGKILL to rank 1" SLURM_PROCID=1 srun -N2 -n2 "$PYTHON" "${LONG[@]}"
 check_kill "srun -N1 -n2, SIGKILL to rank 0" SLURM_PROCID=0 srun -N1 -n2 "$PYTHON" "${LONG[@]}"
+trap - EXIT
+stop
 finish

@@ -276,7 +276,7 @@ def test_a_killed_process_is_named_by_scheduler_and_watch(
     assert heard == [f"{name} ended without a word"]
     say_ended(member, 1, broken, is_cause=False)
     assert hosting.result(timeout=5) == 1
-    assert f"scheduler: {name} ended without a word" in capfd.readouterr().err
+    assert f"shardrun: {name} ended without a word (said the scheduler)" in capfd.readouterr().err
 
 
 def wait_until(is_so: Callable[[], bool], timeout_s: float = 5) -> None:

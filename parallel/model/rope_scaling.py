@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,12 +57,11 @@ def parse_rope_scaling(value: object, source: str) -> RopeScaling | None:
 _LLAMA3_KEYS = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
 
 
-def _number(value: dict[str, Any], key: str, source: str) -> float:
-    number = value.get(key)
-    is_number = isinstance(number, int | float) and not isinstance(number, bool)
-    if not is_number or not 0 < number <= _MOST:
-        raise ModelError(
-            f"{source}: rope_scaling.{key} must be a number above 0 and at most {_MOST:g}, "
-            f"but is {number!r}."
-        )
-    return number
+def _number(value: Mapping[str, Any], key: str, source: str) -> float:
+    number: Any = value.get(key)
+    if type(number) in (int, float) and 0 < number <= _MOST:
+        return float(number)
+    raise ModelError(
+        f"{source}: rope_scaling.{key} must be a number above 0 and at most {_MOST:g}, "
+        f"but is {number!r}."
+    )

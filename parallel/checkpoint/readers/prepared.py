@@ -144,6 +144,8 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
     size = manifest["mesh"]["tp"]
     if manifest["complete"] is not True or type(size) is not int or size < 1:
         raise ValueError(f"complete is {manifest['complete']!r}, tp is {size!r}")
+    if len(manifest["mesh"]) != 1:
+        raise ValueError(f"the mesh is {manifest['mesh']!r}, of which only tp is known")
     if type(manifest["vocab_emb_dp"]) is not bool or type(manifest["source"]) is not dict:
         raise ValueError("vocab_emb_dp or source is of another type")
     QuantScheme.from_dict(manifest["scheme"])
