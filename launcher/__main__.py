@@ -7,10 +7,11 @@ import signal
 import sys
 import time
 
-from launcher.config import Config, compose, to_yaml
+from launcher.config import compose
 from launcher.environment import WorkerEnvironment, detect, launching_pid
-from launcher.failures import EXIT_FAILED, EXIT_USER, USER_ERRORS, RunError
+from launcher.failures import EXIT_FAILED, EXIT_USER, USER_ERRORS, RunError, one_line
 from launcher.help import help_text
+from launcher.schema import Config, to_yaml
 from launcher.tasks import RANK_TASKS, TASKS, local_task
 
 
@@ -21,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _run(words, started_at)
     except USER_ERRORS as error:
-        _say(error)
+        _say(one_line(error))
         return EXIT_USER
     except RunError as error:
         _say(error)
@@ -39,17 +40,10 @@ def _run(words: list[str], started_at: float) -> int:
         print(help_text(words))
         return 0
     environment = detect(os.environ, parent_pid=launching_pid(os.environ))
-    shows_config = words[:1] == ["--cfg"]
-    overrides = words[2:] if shows_config else words
-    if environment.is_plain and not shows_config and _wants_ranks(overrides):
-        from launcher.workers import preload_torch
-
-        preload_torch()
-    config = compose(overrides)
-    if shows_config:
-        print(to_yaml(config), end="")
+    if words[:1] == ["--cfg"]:
+        print(to_yaml(compose(words[1:])), end="")
         return 0
-    return _run_task(config, environment, started_at)
+    return _run_task(compose(words), environment, started_at)
 
 
 def _run_task(config: Config, environment: WorkerEnvironment, started_at: float) -> int:
@@ -72,14 +66,14 @@ def _run_task(config: Config, environment: WorkerEnvironment, started_at: float)
 def _start_ranks(config: Config, environment: WorkerEnvironment, started_at: float) -> int:
     from launcher.resolve import make_job
     from launcher.run_dir import RunDir
+    from launcher.workers import preload_torch, run_workers
 
     job, notes = make_job(config, environment)
     for note in notes:
         _say(note)
-    run_dir = RunDir.create(job)
-    from launcher.workers import run_workers
-
-    return run_workers(run_dir, job.tp, started_at)
+    # Only now: a refusal must not wait for processes that it never needed.
+    preload_torch()
+    return run_workers(RunDir.create(job), job.tp, started_at)
 
 
 def _be_rank(config: Config, environment: WorkerEnvironment, started_at: float) -> int:
@@ -95,20 +89,14 @@ def _be_rank(config: Config, environment: WorkerEnvironment, started_at: float) 
 
 
 def _task_first(words: list[str]) -> list[str]:
-    """`generate prompt=x` -> `task=generate prompt=x`; `--cfg job` is moved to the front."""
+    """`generate prompt=x` -> `task=generate prompt=x`; `--cfg job` goes to the front as `--cfg`."""
     if "--cfg" in words:
         at = words.index("--cfg")
-        rest = words[:at] + words[at + 2 :]
-        return ["--cfg", "job", *_task_first(rest)]
+        if words[at + 1 : at + 2] == ["job"]:
+            return ["--cfg", *_task_first(words[:at] + words[at + 2 :])]
     if words and words[0] in TASKS:
         return [f"task={words[0]}", *words[1:]]
     return words
-
-
-def _wants_ranks(words: list[str]) -> bool:
-    """A guess before the configuration is composed: is it worth to start importing torch?"""
-    chosen = [word.partition("=")[2] for word in words if word.startswith("task=")]
-    return not chosen or chosen[-1] in RANK_TASKS
 
 
 def _say(message: object) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from launcher.config import VERBATIM, keys
 from launcher.failures import ConfigError
 from launcher.mindformers import is_mindformers, translate
+from launcher.schema import VERBATIM, keys
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -29,6 +29,8 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def _load(path: Path) -> dict[str, Any]:
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"`config` {path} must be a regular file, but is none; give a YAML file.")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -8,6 +8,7 @@
     +-- ModelError             parallel/errors.py: a model or its split           exit 2
     +-- PromptError            parallel/errors.py: a prompt                       exit 2
     +-- RunError               a rank failed; leads with the first one            exit 1
+    +-- NumericsError          parallel/errors.py: logits that are no numbers     exit 1
     +-- PeerError              parallel/errors.py: a collective broke because of
                                another rank; never the first cause
 
@@ -92,6 +93,11 @@ class ErrorRecord:
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host} failed: {self.exception}: {self.message}"
+
+
+def one_line(error: object) -> str:
+    """A user's error as the one sentence it is, whatever line breaks a name in it has."""
+    return str(error).replace("\r", "\\r").replace("\n", "\\n")
 
 
 def first_cause(records: list[ErrorRecord]) -> ErrorRecord | None:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from typing import Any
 
-from launcher.config import GROUPS, group_options, keys
+from launcher.schema import GROUPS, group_options, keys
 from launcher.tasks import TASKS
 
 _EXAMPLES = """\

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.config import Config, from_yaml, to_yaml
 from launcher.failures import ConfigError
+from launcher.schema import Config, from_yaml, to_yaml
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any
 
-from launcher.config import GROUPS, QuantSection, keys
 from launcher.failures import ConfigError
+from launcher.schema import GROUPS, QuantSection, keys
 
 # Keys that only their files have at the top level.
 _MARKS = frozenset({

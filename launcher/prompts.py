@@ -11,9 +11,9 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, BinaryIO
 
-from launcher.config import Config, GenerationSection
 from launcher.failures import ConfigError
 from launcher.job import Prompt
+from launcher.schema import Config, GenerationSection
 from launcher.text import Tokenizer
 from parallel.checkpoint.regular_file import reason
 from parallel.errors import PromptError

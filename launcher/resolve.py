@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.config import Config, GenerationSection, QuantSection
 from launcher.device import check_names
 from launcher.environment import WorkerEnvironment, decide_size
 from launcher.failures import ConfigError
 from launcher.gpus import count_gpus
 from launcher.job import Job, with_tp
 from launcher.prompts import DEMO_PROMPTS, make_prompts
+from launcher.schema import Config, GenerationSection, QuantSection
 from launcher.text import open_tokenizer
 from parallel.checkpoint.layout import Layout
 from parallel.checkpoint.open import Checkpoint, open_checkpoint, read_config

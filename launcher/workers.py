@@ -1,8 +1,8 @@
 """Start the ranks of a plain command, watch them, and say who failed first.
 
 torch elastic starts, watches and stops the processes. They come from a forkserver that imports
-torch while the configuration is composed: a process that has computed must not fork, and torch is
-imported once a host.
+torch while this process does: one that has computed must not fork, and torch is imported once a
+host.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from multiprocessing import forkserver
 from typing import Any
 
-from launcher.failures import EXIT_USER, ErrorRecord, RunError, first_cause
+from launcher.failures import EXIT_USER, ErrorRecord, RunError, first_cause, one_line
 from launcher.run_dir import RunDir
 
 _TRACEBACK_LINES = 12
@@ -80,8 +80,11 @@ def _explain(run_dir: RunDir, failures: dict[int, Any]) -> int:
     if cause is None:
         raise RunError(_wordless_sentence(run_dir, failures))
     if cause.is_user_error:
-        print(f"shardrun: {cause.message}", file=sys.stderr)
+        print(f"shardrun: {one_line(cause.message)}", file=sys.stderr)
         return EXIT_USER
+    if cause.is_consequence:
+        # The rank that it names is gone without a word; elastic did not see which went first.
+        raise RunError(f"{cause.message} (said rank {cause.rank})\nlog: {run_dir.log(cause.rank)}")
     raise RunError(_failed_story(run_dir, cause))
 
 

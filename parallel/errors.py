@@ -15,3 +15,7 @@ class PromptError(ValueError):
 
 class PeerError(RuntimeError):
     """A collective failed because of another rank; never the first cause of a failed run."""
+
+
+class NumericsError(RuntimeError):
+    """Logits that are not numbers: weights that are damaged, or a dtype that cannot hold them."""

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
-from launcher.config import Config, compose, to_yaml
+from launcher.config import compose
 from launcher.config_file import read_config_file
 from launcher.failures import ConfigError
 from launcher.resolve import check_generation, model_overrides
+from launcher.schema import Config, to_yaml
 from parallel.model.config import ModelConfig
 from quant.errors import QuantError
 
@@ -262,7 +263,7 @@ def test_a_wrong_file_is_refused_in_a_sentence(tmp_path: Path, text: str, senten
 
 def test_a_file_that_cannot_be_read_is_refused_in_a_sentence(tmp_path: Path) -> None:
     assert "cannot be read (No such file or directory)" in refusal(tmp_path / "gone.yaml")
-    assert "cannot be read (Is a directory)" in refusal(tmp_path)
+    assert "must be a regular file" in refusal(tmp_path)
     binary = tmp_path / "weights.bin"
     binary.write_bytes(b"\xff\xfe\x00\x80")
     assert "is not YAML" in refusal(binary)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from parallel.errors import NumericsError
 from parallel.generation.sampling import Sampling, next_token, process_logits, prompt_generator
 
 transformers = pytest.importorskip("transformers")
@@ -69,3 +70,11 @@ def test_sampling_follows_the_probabilities():
     shares = torch.bincount(torch.tensor(draws), minlength=3) / 3000
     # Three standard deviations of a share of 3000 draws are 0.027.
     torch.testing.assert_close(shares, logits.softmax(-1), rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_logits_that_are_no_numbers_end_the_run(bad, do_sample):
+    logits = torch.tensor([0.0, bad, 1.0])
+    with pytest.raises(NumericsError, match="NaN or an infinity"):
+        next_token(logits, [], Sampling(do_sample), prompt_generator(0, 0))

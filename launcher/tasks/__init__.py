@@ -10,9 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from launcher.config import Config
     from launcher.environment import WorkerEnvironment
     from launcher.rank import Rank
+    from launcher.schema import Config
 
 # What each does, as `shardrun --help` says it, and the sections of keys it reads.
 TASKS = {

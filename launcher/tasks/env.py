@@ -7,8 +7,8 @@ import platform
 import socket
 from pathlib import Path
 
-from launcher.config import Config
 from launcher.environment import WorkerEnvironment, decide_size, seen_variables
+from launcher.schema import Config
 
 
 def run(config: Config, environment: WorkerEnvironment) -> None:

@@ -15,11 +15,11 @@ from typing import Any, TextIO
 import torch
 from tqdm import tqdm
 
-from launcher.config import GenerationSection
 from launcher.device import resolve_dtype
 from launcher.job import Job, Prompt
 from launcher.rank import Rank
 from launcher.resolve import model_overrides
+from launcher.schema import GenerationSection
 from launcher.text import TextStream, Tokenizer, open_tokenizer
 from parallel.checkpoint.open import Checkpoint, open_checkpoint
 from parallel.checkpoint.shard import load_rank

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from launcher.bandwidth import measure_bandwidth_gb_s
-from launcher.config import Config
 from launcher.device import check_names
 from launcher.environment import WorkerEnvironment, decide_size
 from launcher.failures import ConfigError
 from launcher.resolve import DEMO, DEMO_TP, check_generation, model_overrides
+from launcher.schema import Config
 from parallel.checkpoint.layout import Layout, StoredTensor, make_layout
 from parallel.checkpoint.open import describe_layout
 from parallel.checkpoint.plan import RankPlan, Workload, plan_rank, unsupported_reason

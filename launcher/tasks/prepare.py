@@ -7,10 +7,10 @@ import sys
 import time
 from pathlib import Path
 
-from launcher.config import Config
 from launcher.environment import WorkerEnvironment
 from launcher.failures import ConfigError
 from launcher.resolve import Resolved, resolve
+from launcher.schema import Config
 
 
 def run(config: Config, environment: WorkerEnvironment) -> None:

@@ -7,6 +7,7 @@ weights where there are some. The logits are compared on one and the same text: 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def run_rank(rank: Rank) -> None:
         comparisons.append(_compare("original", job, original, parallel))
     _write(rank, comparisons)
     tolerance = job.config.verify.tolerance
-    _judge(comparisons[0], _TOLERANCE[dtype] if tolerance is None else tolerance)
+    _judge(comparisons, _TOLERANCE[dtype] if tolerance is None else tolerance)
 
 
 def _parallel_run(rank: Rank, checkpoint: Checkpoint) -> tuple[_Run | None, torch.dtype]:
@@ -201,8 +202,12 @@ def _sentence(difference: dict[str, Any]) -> str:
     ).format(**difference)
 
 
-def _judge(single: Comparison, tolerance: float) -> None:
+def _judge(comparisons: list[Comparison], tolerance: float) -> None:
     """Quantization may change tokens; the number of ranks may not, but for ties."""
+    for item in comparisons:
+        if not math.isfinite(item.max_logit_delta):
+            raise RunError(f"the logits of the {item.name} model are not all numbers")
+    single = comparisons[0]
     bad = [item for item in single.first_differences if item["top2_gap"] > tolerance]
     if bad:
         raise RunError(

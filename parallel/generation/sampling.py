@@ -6,11 +6,14 @@ repetition_penalty (Keskar et al., CTRL, 2019), temperature, top_k, top_p (Holtz
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from parallel.errors import NumericsError
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,15 @@ def next_token(
         logits_V: float32 [vocabulary].
         seen_ids: prompt and generated tokens so far.
         generator: this prompt's own.
+
+    Raises:
+        NumericsError: a logit is infinite or not a number; any token would be garbage.
     """
+    if not math.isfinite(float(logits_V.sum())) and not torch.isfinite(logits_V).all():
+        raise NumericsError(
+            "the logits hold a NaN or an infinity; the checkpoint is damaged, or float16 too narrow "
+            "for it (dtype=float32)"
+        )
     logits_V = process_logits(logits_V, seen_ids, sampling)
     if not sampling.do_sample:
         return int(logits_V.argmax())
