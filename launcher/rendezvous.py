@@ -172,12 +172,7 @@ def wait_for(
     while missing := [rank for rank in missing if not store.check([f"{what}/{rank}"])]:
         _check_nobody_failed(store, size)
         if deadline.is_over:
-            numbers = ", ".join(map(str, missing))
-            _refuse(
-                store,
-                f"rank {numbers} of {size} did not {verb} within {deadline.timeout_s:g} s; look at "
-                "the logs of those processes",
-            )
+            _refuse(store, _who_is_missing(store, missing, size, deadline, verb))
         time.sleep(_POLL_S)
     return [store.get(f"{what}/{rank}") for rank in range(size)]
 
@@ -333,22 +328,31 @@ def _free_rank(store: dist.Store, arrival: int, size: int, deadline: Deadline) -
     while not store.check([f"claim/{index}" for index in range(size)]):
         _check_nobody_failed(store, size)
         if deadline.is_over:
-            _refuse(store, _too_few(store, size, deadline))
+            _refuse(store, _who_is_missing(store, [], size, deadline, "arrive"))
         time.sleep(_POLL_S)
     claims = [int(store.get(f"claim/{index}")) for index in range(size)]
     free = sorted(set(range(size)) - set(claims))
     return free[claims[:arrival].count(-1)]
 
 
-def _too_few(store: dist.Store, size: int, deadline: Deadline) -> str:
-    """Without a rank from the launcher nobody knows who is missing, only how many."""
+def _who_is_missing(
+    store: dist.Store, missing: list[int], size: int, deadline: Deadline, verb: str
+) -> str:
+    """The missing ranks; where ranks are handed out nobody knows who is missing, only how many."""
     arrived = [index for index in range(size) if store.check([f"claim/{index}"])]
     claims = [int(store.get(f"claim/{index}")) for index in arrived]
-    ranks = sorted(claim for claim in claims if claim >= 0)
-    listed = f" (rank {', '.join(map(str, ranks))}, and {claims.count(-1)} without a RANK_ID)"
+    ranks = [str(claim) for claim in sorted(claims) if claim >= 0]
+    where = f"within {deadline.timeout_s:g} s"
+    if len(claims) == size or -1 not in claims:
+        numbers = ", ".join(map(str, missing))
+        return (
+            f"rank {numbers} of {size} did not {verb} {where}; look at the logs of those processes"
+        )
+    listed = (
+        f" (rank {', '.join(ranks)}, and {claims.count(-1)} without a RANK_ID)" if ranks else ""
+    )
     return (
-        f"only {len(arrived)} of {size} workers arrived within {deadline.timeout_s:g} s"
-        f"{listed if ranks else ''}; look at the logs of the others"
+        f"only {len(arrived)} of {size} workers arrived {where}{listed}; look at the others' logs"
     )
 
 

@@ -424,8 +424,8 @@ class Lesson:
     writers: dict[Writer, int]
 
 
-# Comparing is learned only by a model that can look things up, and first on the smallest case: on
-# the first lesson's texts alone, answers were still at chance after 2,000 steps.
+# Comparing is learned after looking things up, so it comes second, and on the smallest case: one
+# subject, one question, where nothing else in the text has the question's words.
 LESSONS = [
     Lesson(0.535, PROSE | {write_reading: 10}),
     Lesson(0.17, {write_small_quiz: 16, write_story: 1, write_facts: 1, write_list: 1}),
