@@ -82,7 +82,7 @@ def _be_rank(config: Config, environment: WorkerEnvironment, started_at: float) 
 
     return run_external(
         environment,
-        lambda: make_job(config, environment),
+        lambda reads_prompts: make_job(config, environment, reads_prompts=reads_prompts),
         started_at,
         config.parallel.start_timeout_s,
     )

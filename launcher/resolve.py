@@ -62,12 +62,20 @@ def resolve(config: Config, environment: WorkerEnvironment) -> Resolved:
     return Resolved(config, checkpoint, layout, notes)
 
 
-def make_job(config: Config, environment: WorkerEnvironment) -> tuple[Job, tuple[str, ...]]:
-    """The job of a task with prompts, and what to say about it."""
+def make_job(
+    config: Config, environment: WorkerEnvironment, *, reads_prompts: bool = True
+) -> tuple[Job, tuple[str, ...]]:
+    """The job of a task with prompts, and what to say about it.
+
+    Args:
+        reads_prompts: False leaves them out, where another rank reads them.
+    """
     resolved = resolve(config, environment)
     _check_output(config)
     _check_original(config, resolved.checkpoint)
     _check_gpus(config, resolved, environment)
+    if not reads_prompts:
+        return Job(resolved.config, ()), resolved.notes
     tokenizer = open_tokenizer(resolved.checkpoint.path)
     default = DEMO_PROMPTS if resolved.checkpoint.path == DEMO else None
     context = resolved.checkpoint.config.max_position_embeddings

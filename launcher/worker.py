@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -43,9 +44,12 @@ from launcher.watch import StuckRankError, Watch
 from parallel.errors import PeerError
 from parallel.group import Group, LoneGroup, TorchGroup
 
+_AFTER_THE_CAUSE_S = 0.5
 # What a rank does with its error before it leaves; returns its exit status.
 Recorder = Callable[[BaseException], int]
-JobMaker = Callable[[], tuple[Job, tuple[str, ...]]]
+# Checks the job of this process's own command line, its prompts only if asked to; returns it with
+# what is to be said about it.
+JobMaker = Callable[[bool], tuple[Job, tuple[str, ...]]]
 
 
 def run_started(run_path: str, job_hash: str, started_at: float) -> None:
@@ -57,6 +61,9 @@ def run_started(run_path: str, job_hash: str, started_at: float) -> None:
         found = _record(rank, error)
         print(found.traceback, file=sys.stderr)
         found.write(run_dir.error(rank))
+        if found.is_consequence:
+            # elastic looks every 50 ms who died: it must see the first before it sees us.
+            time.sleep(_AFTER_THE_CAUSE_S)
         return EXIT_FAILED
 
     try:
@@ -76,8 +83,7 @@ def run_external(
     """Entry point of a rank that somebody else started: its output is theirs to collect.
 
     Args:
-        make_job: checks the job of this process's own command line; returns it with what is to be
-            said about it.
+        make_job: asked for the prompts on rank 0 alone: they may come from a stdin that all share.
 
     Returns:
         0; a failed rank leaves the process with its status.
@@ -172,7 +178,7 @@ def _agree(member: Member, make_job: JobMaker, deadline: Deadline) -> tuple[Job,
     """All ranks hold rank 0's job, or all end with the sentence of the first that does not."""
     job, problem = None, ""
     try:
-        job, notes = make_job()
+        job, notes = make_job(member.rank == 0)
         if member.rank == 0:
             _publish(member, job)
             for note in notes:

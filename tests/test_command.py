@@ -23,10 +23,13 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
 
 
-def start(folder: Path, *arguments: str, command=COMMAND, **variables: str) -> subprocess.Popen:
+def start(
+    folder: Path, *arguments: str, command=COMMAND, stdin=None, **variables: str
+) -> subprocess.Popen:
     return subprocess.Popen(
         [*command, *arguments],
         cwd=folder,
+        stdin=stdin,
         env=environment(**variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -167,6 +170,16 @@ def test_hand_set_mindspore_variables_give_the_same_text(plain, launch, tmp_path
     assert [process.returncode for process in processes] == [0, 0, 0], ended
     printed = "".join(out for out, _ in ended)
     assert sorted(printed.splitlines()) == sorted(plain[1].stdout.splitlines())
+
+
+def test_prompts_of_a_stdin_that_all_ranks_share_are_read_once(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                "--nproc-per-node", "2", "-m", "launcher"]  # fmt: skip
+    (tmp_path / "prompts.txt").write_text("The dog\nThe cat\n")
+    with (tmp_path / "prompts.txt").open() as stdin:
+        done = run(tmp_path, "task=generate", "prompts_file=-", command=torchrun, stdin=stdin)
+    assert done.returncode == 0, done.stderr
+    assert sorted(entry["prompt"] for entry in results(tmp_path)) == ["The cat", "The dog"]
 
 
 def test_prepare_then_generate_on_any_number_of_ranks(tmp_path):
