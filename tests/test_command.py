@@ -226,7 +226,7 @@ def test_killed_worker_is_named_and_nothing_is_left(launch, tmp_path, rank):
     assert "was ended by signal 9 (SIGKILL)" in err.splitlines()[0]
     assert f"(pid {workers[rank]})" in err.splitlines()[0]
     assert all(is_gone(pid) for pid in workers)
-    assert set(os.listdir("/dev/shm")) == segments
+    assert set(os.listdir("/dev/shm")) <= segments
 
 
 def test_survivors_of_hand_set_variables_notice_by_themselves(launch, tmp_path):
