@@ -6,13 +6,16 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
 
 from launcher.config import compose
 from launcher.environment import WorkerEnvironment, detect, launching_pid
 from launcher.failures import EXIT_FAILED, EXIT_USER, USER_ERRORS, RunError, one_line
 from launcher.help import help_text
 from launcher.schema import Config, to_yaml
-from launcher.tasks import RANK_TASKS, TASKS, local_task
+from launcher.tasks import RANK_TASKS, TASKS, check_effects, local_task
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,7 +46,9 @@ def _run(words: list[str], started_at: float) -> int:
     if words[:1] == ["--cfg"]:
         print(to_yaml(compose(words[1:])), end="")
         return 0
-    return _run_task(compose(words), environment, started_at)
+    config = compose(words)
+    check_effects(words, config.task.name)
+    return _run_task(config, environment, started_at)
 
 
 def _run_task(config: Config, environment: WorkerEnvironment, started_at: float) -> int:
@@ -56,11 +61,26 @@ def _run_task(config: Config, environment: WorkerEnvironment, started_at: float)
     if config.task.name not in RANK_TASKS:
         # Several processes were started for a task that has one part: the first does it.
         if environment.rank in (None, 0):
-            local_task(config.task.name)(config, environment)
+            with _orderly_end():
+                local_task(config.task.name)(config, environment)
         return 0
     if environment.is_plain:
         return _start_ranks(config, environment, started_at)
     return _be_rank(config, environment, started_at)
+
+
+@contextmanager
+def _orderly_end() -> Iterator[None]:
+    """SIGTERM unwinds the stack: what is half written must be removed."""
+
+    def end(number: int, _frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _start_ranks(config: Config, environment: WorkerEnvironment, started_at: float) -> int:

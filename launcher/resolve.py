@@ -71,7 +71,7 @@ def make_job(
         reads_prompts: False leaves them out, where another rank reads them.
     """
     resolved = resolve(config, environment)
-    _check_output(config)
+    _check_effects(config)
     _check_original(config, resolved.checkpoint)
     _check_gpus(config, resolved, environment)
     if not reads_prompts:
@@ -118,7 +118,7 @@ def check_generation(section: GenerationSection) -> None:
 def _check_sampling_is_on(section: GenerationSection) -> None:
     """A temperature without sampling would be ignored, and its user would not know."""
     defaults = GenerationSection()
-    for key in ("temperature", "top_k", "top_p"):
+    for key in ("temperature", "top_k", "top_p", "seed"):
         if not section.do_sample and getattr(section, key) != getattr(defaults, key):
             raise ConfigError(
                 f"`generation.{key}` has no effect while generation.do_sample is false; "
@@ -126,7 +126,12 @@ def _check_sampling_is_on(section: GenerationSection) -> None:
             )
 
 
-def _check_output(config: Config) -> None:
+def _check_effects(config: Config) -> None:
+    """Refuse what the task would pass over."""
+    if config.task.name == "verify" and config.generation.stop:
+        raise ConfigError(
+            "`generation.stop` has no effect on verify, which compares tokens; drop it."
+        )
     if config.output is not None:
         raise ConfigError(
             f"`output` is where prepare writes, but the task is {config.task.name}; leave it out "
@@ -140,7 +145,10 @@ def _check_original(config: Config, checkpoint: Checkpoint) -> None:
         return
     path = Path(config.verify.original).absolute()
     original = open_checkpoint(path, model_overrides(config), key="verify.original")
-    original.layout(QuantScheme())
+    if original.layout(QuantScheme()).quantized:
+        raise ConfigError(
+            f"`verify.original` must be unquantized, but {path} is not; give its source."
+        )
     if original.config.vocab_size != checkpoint.config.vocab_size:
         raise ConfigError(
             f"`verify.original` must have the checkpoint's vocab_size "

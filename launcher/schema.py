@@ -178,7 +178,7 @@ class VerifySection:
     original: str | None = _key(None, "the unquantized checkpoint of a prepared quantized one")
     tolerance: float | None = _key(
         None,
-        "largest top-2 gap at which tokens may differ; null: 1e-3 in float32, 0.5 in 16 bit",
+        "largest top-2 gap of tokens that differ; null: 1e-3 (float32), 0.1 (float16), 0.5 (bfloat16)",
         Rule(lambda value: 0 <= value < math.inf, "a number of at least 0"),
     )
 

@@ -75,6 +75,9 @@ class _JsonTokenizer:
         from tokenizers import Tokenizer as Library
 
         self._library: Any = Library.from_file(str(directory / "tokenizer.json"))
+        # A file saved after fine-tuning may carry both; a prompt is never clipped or padded.
+        self._library.no_truncation()
+        self._library.no_padding()
 
     def encode(self, text: str) -> list[int]:
         try:

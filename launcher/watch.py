@@ -79,6 +79,7 @@ class Watch:
 
         Raises:
             StuckRankError: all live, and one is behind the others.
+            RunError: all live, and none is behind.
         """
         if not self._store_answers():
             return f"{call} broke: {self._find_stuck_host(call)}"
@@ -158,7 +159,8 @@ class Watch:
         elif len(behind) < len(counts):
             stuck, reason = behind, f"it entered only {fewest} collectives"
         else:
-            return "all ranks live, and none is behind the others"
+            # Nobody else is to blame: it is this call itself that cannot be done.
+            raise RunError(f"{call} broke, while all ranks live and none is behind the others")
         raise self._stuck_error(call, sorted(stuck), reason)
 
     def _silent_ranks(self) -> list[int]:

@@ -161,13 +161,17 @@ def _open_group(member: Member, device: torch.device, timeout_s: float, watch: W
     if member.is_one_host:
         # gloo would look up the host's name, which containers often cannot.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    is_gpu = device.type == "cuda"
+    if is_gpu:
+        torch.cuda.set_device(device)
     try:
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
+            "nccl" if is_gpu else "gloo",
             store=dist.PrefixStore("group", member.store),
             rank=member.rank,
             world_size=member.size,
             timeout=timedelta(seconds=timeout_s),
+            device_id=device if is_gpu else None,
         )
     except RuntimeError as error:
         raise PeerError(watch.describe_failure("connecting the ranks")) from error

@@ -142,7 +142,8 @@ class TorchGroup(Group):
         try:
             return collective()
         except (dist.DistError, RuntimeError) as error:
-            call = f"{name} number {self.counts[name]}"
+            reason = str(error).partition("\n")[0][:200]
+            call = f"{name} number {self.counts[name]} ({reason})"
             raise PeerError(self._describe_failure(call)) from error
 
     def _all_reduce(self, x: Tensor, op: str) -> Tensor:

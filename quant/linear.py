@@ -26,13 +26,8 @@ def linear(
         [rows, out_features], x's dtype, or float32 if wide.
     """
     out_dtype = torch.float32 if wide else x_MK.dtype
-    out_MN = _product(x_MK, weight, out_dtype)
-    return out_MN if bias_N is None else out_MN.add_(bias_N)
-
-
-def _product(x_MK: Tensor, weight: Weight, out_dtype: torch.dtype) -> Tensor:
     if isinstance(weight, QuantizedWeight):
-        return reference.linear_w8a16(x_MK, weight, out_dtype)
+        return reference.linear_w8a16(x_MK, weight, bias_N, out_dtype)
     if out_dtype != x_MK.dtype:
-        return reference.linear_wide(x_MK, weight, out_dtype)
-    return F.linear(x_MK, weight)
+        return reference.linear_wide(x_MK, weight, bias_N, out_dtype)
+    return F.linear(x_MK, weight, bias_N)

@@ -251,6 +251,21 @@ def test_signal_to_the_launcher_ends_the_ranks(launch, tmp_path, sent, status):
     assert all(is_gone(pid) for pid in workers)
 
 
+def test_terminated_prepare_leaves_nothing_half_written(launch, tmp_path):
+    """The partial directory of a 70B is 70 GB that nobody would clean up."""
+    from tests.checkpoints import write_checkpoint
+
+    write_checkpoint(tmp_path / "source", hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
+                     num_attention_heads=8, num_key_value_heads=8)  # fmt: skip
+    before = set(os.listdir(tmp_path))
+    process = launch(tmp_path, "prepare", "checkpoint=source", "quant=rtn_a16w8", "output=out")
+    while process.poll() is None and set(os.listdir(tmp_path)) == before:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) in (143, 0)
+    assert set(os.listdir(tmp_path)) - before <= {"out"}
+
+
 def test_two_runs_at_once_do_not_meet(plain, launch, tmp_path):
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:

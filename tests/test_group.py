@@ -110,6 +110,19 @@ def test_row_parallel_in_bfloat16_rounds_once(tensors):
 
 
 @pytest.mark.parametrize("size", SIZES)
+def test_bias_in_bfloat16_is_rounded_once_with_the_sum(size, tensors):
+    x, weight = tensors(40, 64).bfloat16(), tensors(32, 64).bfloat16()
+    bias = 30 * tensors(32).bfloat16()
+
+    def work(group):
+        return RowParallelLinear(cut(weight, 1, group), bias, group)(cut(x, 1, group))
+
+    exact = (x.float() @ weight.float().T + bias.float()).bfloat16()
+    for result in ThreadGroup.run(size, work):
+        assert (result != exact).float().mean() < 0.01  # a float32 sum on the edge of two bfloat16s
+
+
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("vocab", [32, 37])
 def test_vocab_parallel_embedding_and_head_for_a_batch(size, vocab, tensors):
     weight, ids = tensors(vocab, 6), torch.tensor([0, vocab - 1, 5, 16, 5])

@@ -101,6 +101,11 @@ def test_unequal_prompts_in_one_batch_give_the_text_each_gives_alone(size, schem
         assert together[index].finish_reason == alone.finish_reason
 
 
+def test_prompts_that_end_together_are_given_in_their_order():
+    found = generate(DEMO, PROMPTS, 1, new_tokens=1)
+    assert list(found) == list(range(len(PROMPTS)))
+
+
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(True, 0.8, 20, 0.9, 1.1)], ids=str)
 @pytest.mark.parametrize("scheme", [{}, {"scheme": RTN}], ids=["float32", "w8a16"])
 def test_text_of_the_demo_model_is_the_same_at_every_size(sampling, scheme):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from parallel.errors import ModelError
-from parallel.model.config import ModelConfig
+from parallel.model.config import ModelConfig, override_config
 from parallel.model.placements import linear_modules, placement_table
 from parallel.placement import Replicate, Split, SplitKVHeads, index_shape
 
@@ -97,3 +97,21 @@ def test_valid_sizes_divide_the_heads(heads, kv_heads, valid):
 def test_size_that_does_not_divide_is_refused_with_the_valid_ones():
     with pytest.raises(ModelError, match="but is 3; valid sizes: 1, 2, 4, 8"):
         config().check_tp(3)
+
+
+def test_rope_theta_beside_rope_parameters_is_read():
+    model = config(rope_theta=1e6, rope_parameters={"rope_type": "default"})
+    assert model.rope_theta == 1e6
+
+
+def test_rope_scaling_that_contradicts_rope_parameters_is_refused():
+    with pytest.raises(ModelError, match="must not contradict rope_parameters"):
+        config(
+            rope_parameters={"rope_type": "default"},
+            rope_scaling={"rope_type": "linear", "factor": 2.0},
+        )
+
+
+def test_override_of_the_dtype_wins_over_both_of_its_names():
+    values = override_config({**LLAMA, "dtype": "bfloat16"}, {"torch_dtype": "float32"})
+    assert ModelConfig.from_hf(values).dtype == "float32"

@@ -20,6 +20,7 @@ from parallel.checkpoint.store import write_prepared
 from parallel.errors import CheckpointError
 from quant.numeric import quantize_per_channel
 from quant.scheme import QuantScheme
+from tests.checkpoints import write_checkpoint
 from tests.models import RTN, generate
 
 
@@ -193,3 +194,26 @@ print(peak - base)
     small, large = peak_kib(2), peak_kib(12)
     # 10 more layers are 226 MB of bfloat16; a tensor is 5.8 MB, its float32 rows 16 MB a thread.
     assert large < small + 40_000
+
+
+def test_scale_of_a_copied_head_has_the_dtype_of_the_file_not_of_the_config(tmp_path):
+    """A config.json that says another dtype once made scales overrun their place in the shard."""
+    source = write_checkpoint(
+        tmp_path / "source", dtype=torch.float32, torch_dtype="bfloat16", tie_word_embeddings=True
+    )
+    scheme = QuantScheme(quant_method="rtn", weight_dtype="int8", modules_to_not_convert=())
+    path = prepare(source, tmp_path / "out", 2, scheme)
+    embedding = load_file(source / "model.safetensors")["model.embed_tokens.weight"]
+    values, scale = quantize_per_channel(embedding)
+    tensors = merged(path)
+    assert torch.equal(tensors["lm_head.weight"], values)
+    assert torch.equal(tensors["lm_head.weight_scale"], scale)
+
+
+def test_overrides_of_the_config_stay_with_the_prepared_directory(tmp_path):
+    checkpoint = open_checkpoint(DEMO, {"rope_theta": 500000.0})
+    write_prepared(
+        checkpoint.layout(RTN), checkpoint.source, 1, tmp_path / "out",
+        overrides={"rope_theta": 500000.0},
+    )  # fmt: skip
+    assert open_checkpoint(tmp_path / "out").config.rope_theta == 500000.0

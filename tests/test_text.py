@@ -58,7 +58,11 @@ def test_json_tokenizer_adds_what_its_template_says(tmp_path):
     library.pre_tokenizer = Whitespace()
     library.add_special_tokens(["<s>"])
     library.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    # Left in the file by a fine-tuning; a prompt is neither clipped nor padded.
+    library.enable_truncation(2)
+    library.enable_padding(length=7, pad_id=2)
     library.save(str(tmp_path / "tokenizer.json"))
     found = open_tokenizer(tmp_path)
+    assert found.encode("hello hello hello") == [0, 1, 1, 1]
     assert found.encode("hello") == [0, 1]
     assert found.decode([0, 1]) == "hello"

@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 
 from launcher.environment import WorkerEnvironment, decide_size, seen_variables
+from launcher.resolve import DEMO_TP
 from launcher.schema import Config
 
 
@@ -17,7 +18,8 @@ def run(config: Config, environment: WorkerEnvironment) -> None:
     Raises:
         LaunchError: the number of ranks is claimed twice, and not the same.
     """
-    size, notes = decide_size(environment, config.parallel.tp, None, 1)
+    default = DEMO_TP if config.checkpoint is None else 1
+    size, notes = decide_size(environment, config.parallel.tp, None, default)
     lines = {
         "launcher": environment.launcher,
         "role": "scheduler" if environment.is_scheduler else "worker",

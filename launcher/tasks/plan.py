@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,7 @@ from launcher.schema import Config
 from parallel.checkpoint.layout import Layout, StoredTensor, make_layout
 from parallel.checkpoint.open import describe_layout
 from parallel.checkpoint.plan import RankPlan, Workload, plan_rank, unsupported_reason
+from parallel.checkpoint.readers.prepared import PreparedSource, is_prepared
 from parallel.model.config import ModelConfig
 from parallel.model.placements import Row
 from parallel.placement import SplitKVHeads, index_shape
@@ -40,7 +42,9 @@ def run(config: Config, environment: WorkerEnvironment) -> None:
     check_generation(config.generation)
     layout = _layout(config)
     default = DEMO_TP if config.checkpoint is None and not model_overrides(config) else 1
-    size, _ = decide_size(environment, config.parallel.tp, None, default)
+    size, notes = decide_size(environment, config.parallel.tp, _prepared_size(config), default)
+    for note in notes:
+        print(f"shardrun: {note}", file=sys.stderr)
     workload = _workload(config, layout.config)
     chosen = plan_rank(layout, size, workload)
     bandwidth = config.plan.bandwidth_gb_s or measure_bandwidth_gb_s()
@@ -51,6 +55,12 @@ def run(config: Config, environment: WorkerEnvironment) -> None:
     _print_model(layout, workload)
     _print_placements(layout, chosen.tp)
     _print_sizes(layout, sizes, workload, bandwidth, config)
+
+
+def _prepared_size(config: Config) -> int | None:
+    if config.checkpoint is None or not is_prepared(Path(config.checkpoint)):
+        return None
+    return PreparedSource(Path(config.checkpoint).absolute()).size
 
 
 def _layout(config: Config) -> Layout:

@@ -9,8 +9,11 @@ from pathlib import Path
 
 from launcher.environment import WorkerEnvironment
 from launcher.failures import ConfigError
-from launcher.resolve import Resolved, resolve
+from launcher.resolve import Resolved, model_overrides, resolve
 from launcher.schema import Config
+
+# Each works on a tensor of its own: memory is bounded by so many of them, not by the cores.
+_MOST_THREADS = 8
 
 
 def run(config: Config, environment: WorkerEnvironment) -> None:
@@ -25,7 +28,7 @@ def run(config: Config, environment: WorkerEnvironment) -> None:
         print(f"shardrun: {note}", file=sys.stderr)
     import torch  # here, so that a refusal need not wait for it
 
-    num_threads = len(os.sched_getaffinity(0))
+    num_threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
     # One tensor a thread: torch's own threads would only get in each other's way.
     torch.set_num_threads(1)
     started = time.perf_counter()
@@ -63,6 +66,7 @@ def _write(resolved: Resolved, output: Path, num_threads: int) -> int:
             source,
             resolved.config.parallel.tp,
             output,
+            overrides=model_overrides(resolved.config),
             num_threads=num_threads,
             on_bytes=bar.update,
         )

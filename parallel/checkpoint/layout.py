@@ -79,7 +79,7 @@ def make_layout(
     scheme: QuantScheme,
     *,
     vocab_emb_dp: bool = False,
-    dtype_of: Callable[[str], str] | None = None,
+    dtype_of: Callable[[Row], str] | None = None,
 ) -> Layout:
     """Describe a model's shards.
 
@@ -101,7 +101,7 @@ def make_layout(
     tensors = [
         tensor
         for row in table.values()
-        for tensor in _stored(row, dtype_of(row.name), row.name in quantized)
+        for tensor in _stored(row, dtype_of(row), row.name in quantized)
     ]
     return Layout(config, scheme, vocab_emb_dp, table, quantized, tuple(tensors))
 

@@ -20,7 +20,8 @@ from parallel.checkpoint.readers.prepared import MANIFEST, PreparedSource, is_pr
 from parallel.checkpoint.regular_file import check_directory
 from parallel.checkpoint.source import Source
 from parallel.errors import CheckpointError
-from parallel.model.config import ModelConfig, token_ids
+from parallel.model.config import ModelConfig, override_config, token_ids
+from parallel.model.placements import Row
 from quant.scheme import QuantScheme
 
 BIN_INDEX_NAME = "pytorch_model.bin.index.json"
@@ -64,8 +65,9 @@ class Checkpoint:
     def _make_layout(self, scheme: QuantScheme, vocab_emb_dp: bool) -> Layout:
         infos = self.source.tensors
 
-        def dtype_of(name: str) -> str:
-            return infos[name].dtype if name in infos else self.config.dtype
+        def dtype_of(row: Row) -> str:
+            info = infos.get(row.twin or row.name)
+            return info.dtype if info else self.config.dtype
 
         return make_layout(self.config, scheme, vocab_emb_dp=vocab_emb_dp, dtype_of=dtype_of)
 
@@ -100,16 +102,6 @@ def read_config(path: Path, overrides: Mapping[str, Any] | None = None) -> dict[
     check_directory(path, "checkpoint")
     values = read_json_object(path / "config.json")
     return override_config(values, overrides or {})
-
-
-def override_config(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json with some values replaced, also those that transformers 5 keeps together."""
-    together = values.get("rope_parameters")
-    if isinstance(together, dict) and {"rope_theta", "rope_scaling"} & overrides.keys():
-        scaling = overrides.get("rope_scaling", together)
-        theta = overrides.get("rope_theta", together.get("rope_theta", 10000.0))
-        values = {**values, "rope_parameters": {**scaling, "rope_theta": theta}}
-    return {**values, **overrides}
 
 
 def describe_layout(
@@ -183,9 +175,9 @@ def _check_prepared(layout: Layout, source: PreparedSource) -> None:
             )
 
 
-def _prepared_dtype(source: PreparedSource) -> Callable[[str], str]:
-    def dtype_of(name: str) -> str:
-        info = source.tensors.get(name + SCALE_SUFFIX) or source.tensors.get(name)
+def _prepared_dtype(source: PreparedSource) -> Callable[[Row], str]:
+    def dtype_of(row: Row) -> str:
+        info = source.tensors.get(row.name + SCALE_SUFFIX) or source.tensors.get(row.name)
         return info.dtype if info else "missing"
 
     return dtype_of

@@ -70,7 +70,10 @@ def plan_rank(layout: Layout, tp: int, workload: Workload) -> RankPlan:
     kv_cache = kv_cache_bytes(layout.config, tp, workload)
     embedding_rows = _bytes_of(layout, EMBEDDING, rank, tp, workload.dtype)
     # A tied embedding is read whole, as lm_head; an untied one only at the token's row.
-    unread = 0 if HEAD not in layout.table else embedding_rows
+    head_rows = (
+        0 if HEAD in layout.table else _bytes_of(layout, EMBEDDING, 0, 1, workload.dtype) // tp
+    )
+    unread = max(0, embedding_rows - head_rows)
     return RankPlan(
         tp=tp,
         linear_bytes=linear,

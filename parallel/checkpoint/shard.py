@@ -24,8 +24,8 @@ def read_weight(layout: Layout, source: Source, row: Row, index: Index) -> Weigh
         CheckpointError: the weight holds an infinity or a NaN, and must be quantized.
     """
     if row.name not in layout.quantized:
-        return source.read(_source_name(source, row), index)
-    if row.name + SCALE_SUFFIX in source.tensors:
+        return source.read(source_name(source, row), index)
+    if is_quantized(source, row):
         scale_N = source.read(row.name + SCALE_SUFFIX, (index[0], slice(0, 1)))
         return QuantizedWeight(source.read(row.name, index), scale_N)
     return _quantize(layout, source, row, index)
@@ -48,12 +48,18 @@ def weight_parts(row: Row, weight: Weight) -> dict[str, Tensor]:
     return {row.name: weight}
 
 
-def _source_name(source: Source, row: Row) -> str:
-    return row.name if row.twin is None or row.name in source.tensors else row.twin
+def source_name(source: Source, row: Row) -> str:
+    """A tied head's own copy in the file is not the model's: as in transformers, the embedding is."""
+    return row.name if is_quantized(source, row) else row.twin or row.name
+
+
+def is_quantized(source: Source, row: Row) -> bool:
+    """Whether the source, a prepared one, holds the weight quantized already."""
+    return row.name + SCALE_SUFFIX in source.tensors
 
 
 def _quantize(layout: Layout, source: Source, row: Row, index: Index) -> QuantizedWeight:
-    name = _source_name(source, row)
+    name = source_name(source, row)
     whole_rows = (index[0], slice(0, row.shape[1]))
     try:
         full = round_to_nearest(source.read(name, whole_rows), layout.scheme)

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,12 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parallel.checkpoint.json_file import read_json_object
 from parallel.checkpoint.layout import Layout, StoredTensor
 from parallel.checkpoint.readers.prepared import FORMAT_VERSION, MANIFEST, SHARD_FILE
 from parallel.checkpoint.regular_file import check_regular, reason
-from parallel.checkpoint.shard import read_weight, weight_parts
+from parallel.checkpoint.shard import read_weight, source_name, weight_parts
 from parallel.checkpoint.source import DTYPE_BYTES, DTYPE_NAMES, Source
 from parallel.errors import CheckpointError
+from parallel.model.config import override_config
 from parallel.model.placements import Row
 from parallel.placement import Index, index_shape
 
@@ -46,6 +48,7 @@ def write_prepared(
     size: int,
     output: Path,
     *,
+    overrides: Mapping[str, Any] | None = None,
     num_threads: int = 1,
     on_bytes: Callable[[int], None] = lambda _: None,
 ) -> None:
@@ -53,6 +56,7 @@ def write_prepared(
 
     Args:
         output: must not exist.
+        overrides: values that stand in for those of config.json, also in the copy of it.
         num_threads: tensors that are worked on at a time; memory is bounded by that many.
         on_bytes: told the source bytes of each tensor when it is done.
 
@@ -61,7 +65,7 @@ def write_prepared(
     """
     source = _SummedSource(source)
     with _renamed_when_whole(output) as directory:
-        _copy_files(source.path, directory)
+        _copy_files(source.path, directory, overrides or {})
         shards = [_ShardFile(layout, rank, size, directory) for rank in range(size)]
         sums: dict[str, Any] = {}
 
@@ -78,7 +82,7 @@ def write_prepared(
 
 def source_bytes(source: Source, row: Row) -> int:
     """Size of a tensor in the source."""
-    info = source.tensors[row.twin or row.name]
+    info = source.tensors[source_name(source, row)]
     return torch.Size(info.shape).numel() * DTYPE_BYTES[info.dtype]
 
 
@@ -142,7 +146,9 @@ class _ShardFile:
 
     def write(self, name: str, tensor: Tensor) -> str:
         """Put a tensor at its place; returns the sha256 of its bytes."""
-        data = _bytes(tensor)
+        stored, data = self.tensors[name], _bytes(tensor)
+        assert str(tensor.dtype) == f"torch.{stored.dtype}", (name, tensor.dtype, stored.dtype)
+        assert len(data) == stored.num_bytes(self.rank, self.size), (name, tensor.shape)
         with _disk_errors(Path(name)):
             _pwrite_all(self._fd, data, self._offsets[name])
         return hashlib.sha256(data).hexdigest()
@@ -232,11 +238,15 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
-def _copy_files(source: Path, directory: Path) -> None:
+def _copy_files(source: Path, directory: Path, overrides: Mapping[str, Any]) -> None:
     for name in COPIED_FILES:
         if (source / name).exists():
             check_regular(source / name)
             shutil.copyfile(source / name, directory / name)
+    config = read_json_object(source / "config.json")
+    if (replaced := override_config(config, overrides)) != config:
+        text = json.dumps(replaced, indent=2, ensure_ascii=False)
+        (directory / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _manifest(layout: Layout, source: Source, size: int, sums: dict[str, Any]) -> dict[str, Any]:

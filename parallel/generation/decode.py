@@ -214,6 +214,7 @@ class GenerationLoop:
 
     def _retire(self) -> Iterator[Completion]:
         """Let finished sequences go; the last running one moves into each freed row."""
+        ended = []
         for row in reversed(range(len(self._running))):
             sequence = self._running[row]
             reason = sequence.finish_reason()
@@ -223,7 +224,8 @@ class GenerationLoop:
             if last is not sequence:
                 self._cache.move_row(len(self._running), row, last.length)
                 self._running[row] = last
-            yield Completion(sequence.request.index, tuple(sequence.token_ids), reason)
+            ended.append(Completion(sequence.request.index, tuple(sequence.token_ids), reason))
+        yield from sorted(ended, key=lambda completion: completion.index)
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,9 @@ class _Reader:
             rope_scaling=rope_scaling,
             tie_word_embeddings=self._bool("tie_word_embeddings", False),
             qkv_bias=self._bias(family.qkv_bias, "attention_bias"),
-            o_bias=self._bias(family.o_bias, "attention_bias"),
+            o_bias=(
+                self._bool("attention_bias", False) if family.o_bias is None else family.o_bias
+            ),
             mlp_bias=self._bias(family.mlp_bias, "mlp_bias"),
             dtype=self._dtype(),
             eos_token_ids=token_ids(self.values.get("eos_token_id"), self.source),
@@ -155,9 +157,19 @@ class _Reader:
         if together is not None and not isinstance(together, dict):
             raise self._error("rope_parameters", "must be an object or null", together)
         if together is not None:
-            values = _Reader(together, f"{self.source}: rope_parameters")
+            self._refuse_second_scaling(together)
+            outer = {"rope_theta": self.values.get("rope_theta")}
+            values = _Reader({**outer, **together}, f"{self.source}: rope_parameters")
             return values._theta(), parse_rope_scaling(together, self.source)
         return self._theta(), parse_rope_scaling(self.values.get("rope_scaling"), self.source)
+
+    def _refuse_second_scaling(self, together: Mapping[str, Any]) -> None:
+        second = self.values.get("rope_scaling")
+        if parse_rope_scaling(second, self.source) not in (
+            None,
+            parse_rope_scaling(together, self.source),
+        ):
+            raise self._error("rope_scaling", "must not contradict rope_parameters", second)
 
     def _theta(self) -> float:
         return self._number("rope_theta", 10000.0, 1.0, 1e30)
@@ -171,7 +183,11 @@ class _Reader:
         return head_dim
 
     def _bias(self, fixed: bool | None, key: str) -> bool:
-        return self._bool(key, False) if fixed is None else fixed
+        """A family's own rule; a key of config.json that contradicts it is not passed over."""
+        said = self._bool(key, bool(fixed))
+        if fixed is not None and key in self.values and said != fixed:
+            raise self._error(key, f"must be {str(fixed).lower()} in this architecture", said)
+        return said if fixed is None else fixed
 
     def _dtype(self) -> str:
         name = self.values.get("dtype") or self.values.get("torch_dtype") or "float32"
@@ -215,3 +231,15 @@ def token_ids(value: object, source: str) -> tuple[int, ...]:
     if not all(type(item) is int and item >= 0 for item in ids):
         raise ModelError(f"{source}: eos_token_id must be a token id or a list, but is {value!r}.")
     return tuple(ids)
+
+
+def override_config(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with some values replaced, also those that transformers 5 keeps together."""
+    together = values.get("rope_parameters")
+    if isinstance(together, dict) and {"rope_theta", "rope_scaling"} & overrides.keys():
+        scaling = overrides.get("rope_scaling", together)
+        theta = overrides.get("rope_theta", together.get("rope_theta", 10000.0))
+        values = {**values, "rope_parameters": {**scaling, "rope_theta": theta}}
+    if "torch_dtype" in overrides:
+        values = {key: value for key, value in values.items() if key != "dtype"}
+    return {**values, **overrides}

@@ -12,18 +12,26 @@ from quant.weight import QuantizedWeight
 BLOCK_BYTES = 4 << 20
 
 
-def linear_w8a16(x_MK: Tensor, weight: QuantizedWeight, out_dtype: torch.dtype) -> Tensor:
-    """`x @ dequantize(weight).T`, the scale applied to the sums.
+def linear_w8a16(
+    x_MK: Tensor, weight: QuantizedWeight, bias_N: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """`x @ dequantize(weight).T + bias`, the scale applied to the sums, rounded once.
 
-    int8 values are exact in float32, so the only rounding is that of the products' sum.
+    int8 values are exact in float32, so before that the only rounding is the products' sum's.
     """
     sums_MN = _blockwise_product(x_MK.float(), weight.values_NK)
-    return sums_MN.mul_(weight.scale_N.float().view(1, -1)).to(out_dtype)
+    return _biased(sums_MN.mul_(weight.scale_N.float().view(1, -1)), bias_N).to(out_dtype)
 
 
-def linear_wide(x_MK: Tensor, weight_NK: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """`x @ weight.T` of 16-bit operands with a float32 result that was never rounded to 16 bits."""
-    return _blockwise_product(x_MK.float(), weight_NK).to(out_dtype)
+def linear_wide(
+    x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """`x @ weight.T + bias` of 16-bit operands, its float32 sums never rounded to 16 bits."""
+    return _biased(_blockwise_product(x_MK.float(), weight_NK), bias_N).to(out_dtype)
+
+
+def _biased(sums_MN: Tensor, bias_N: Tensor | None) -> Tensor:
+    return sums_MN if bias_N is None else sums_MN.add_(bias_N)
 
 
 def _blockwise_product(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
