@@ -844,8 +844,8 @@ README = """# Demo model
 
 A Llama of 4.5 million parameters in bfloat16 (4 layers, 8 heads, 4 KV heads, tied embeddings), so
 that there is something to shard, quantize and run without a download. It knows a few hundred
-words and, by heart, a directory of {directory} made-up people, all written by a grammar in the
-script that made it, in {minutes:.0f} minutes and {steps} steps of training:
+words and a directory of {directory} made-up people, all written by a grammar in the script that
+made it, in {minutes:.0f} minutes and {steps} steps of training:
 
     python scripts/make_demo_model.py
 
