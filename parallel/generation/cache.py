@@ -32,10 +32,6 @@ class KVCache:
         shape = (num_layers, 2, num_heads, num_rows * max_length, head_dim)
         self._store_L2HSC = torch.zeros(shape, dtype=dtype, device=device)
 
-    @property
-    def nbytes(self) -> int:
-        return self._store_L2HSC.nbytes
-
     def write(self, layer: int, slots_T: Tensor, k_THC: Tensor, v_THC: Tensor) -> None:
         """Store one step's keys and values, [tokens, heads, head_dim], at their slots."""
         keys_HSC, values_HSC = self._store_L2HSC[layer]

@@ -207,7 +207,8 @@ class GenerationLoop:
             sequence.stops = bool(stops)
 
     def _choose(self, sequence: _Sequence, logits_V: Tensor) -> tuple[int, int]:
-        token = next_token(logits_V, sequence.seen_ids(), self._sampling, sequence.random)
+        seen = sequence.seen_ids() if self._sampling.repetition_penalty != 1.0 else []
+        token = next_token(logits_V, seen, self._sampling, sequence.random)
         if token in self._eos_ids:
             return token, 1
         return token, int(self._on_token(sequence.request.index, token))
