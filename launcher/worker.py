@@ -54,6 +54,8 @@ JobMaker = Callable[[bool], tuple[Job, tuple[str, ...]]]
 
 def run_started(run_path: str, job_hash: str, started_at: float) -> None:
     """Entry point of a rank that we started: its output goes to its log, its error to a record."""
+    # Ctrl-C must end a rank also inside a collective, which Python's own handler waits for.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     run_dir, rank = RunDir(Path(run_path)), int(os.environ["RANK"])
     console = _redirect_output(run_dir.log(rank))
 

@@ -192,8 +192,9 @@ print(peak - base)
         return int(done.stdout.split()[-1])
 
     small, large = peak_kib(2), peak_kib(12)
-    # 10 more layers are 226 MB of bfloat16; a tensor is 5.8 MB, its float32 rows 16 MB a thread.
-    assert large < small + 40_000
+    # 10 more layers are 226 MB of bfloat16. A tensor is 5.8 MB and its float32 rows 16 MB a thread;
+    # the small model may be done between two looks, so the bound is that of a few tensors alone.
+    assert large < small + 100_000
 
 
 def test_scale_of_a_copied_head_has_the_dtype_of_the_file_not_of_the_config(tmp_path):
