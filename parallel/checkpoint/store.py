@@ -50,7 +50,7 @@ def write_prepared(
     *,
     overrides: Mapping[str, Any] | None = None,
     num_threads: int = 1,
-    on_bytes: Callable[[int], None] = lambda _: None,
+    on_bytes: Callable[[int], object] = lambda _: None,
 ) -> None:
     """Write the shards of all ranks; every byte of the source is read once.
 
