@@ -15,14 +15,14 @@ from torch import Tensor
 
 from parallel.group import Group
 from quant.linear import linear
-from quant.weight import Weight
+from quant.weight import ReadyWeight
 
 
 @dataclass(frozen=True)
 class ColumnParallelLinear:
     """`x @ W.T + b`, cut along out_features: [M, K] -> local [M, N / size]."""
 
-    local_weight: Weight
+    local_weight: ReadyWeight
     local_bias: Tensor | None = None
 
     def __call__(self, x_MK: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ class RowParallelLinear:
     Partial sums leave the rank in float32 and the bias is added once, after the reduction.
     """
 
-    local_weight: Weight
+    local_weight: ReadyWeight
     bias: Tensor | None
     group: Group
 
@@ -83,7 +83,7 @@ class VocabParallelHead:
         local_sizes: how many token ids each rank holds, in rank order.
     """
 
-    local_weight: Weight
+    local_weight: ReadyWeight
     local_sizes: tuple[int, ...]
     group: Group
 

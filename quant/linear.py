@@ -7,17 +7,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quant.kernels import reference
-from quant.weight import QuantizedWeight, Weight
+from quant.weight import PackedWeight, QuantizedWeight, ReadyWeight
 
 
 def linear(
-    x_MK: Tensor, weight: Weight, bias_N: Tensor | None = None, *, wide: bool = False
+    x_MK: Tensor, weight: ReadyWeight, bias_N: Tensor | None = None, *, wide: bool = False
 ) -> Tensor:
     """`x @ weight.T + bias`.
 
     Args:
         x_MK: [rows, in_features], the compute dtype.
-        weight: [out_features, in_features], a tensor or a QuantizedWeight.
+        weight: [out_features, in_features], a tensor, a QuantizedWeight, or what a kernel packed.
         bias_N: [out_features] or None.
         wide: return float32 sums that were not rounded to 16 bits; partial sums of a row-parallel
             layer travel that way, so that the text does not depend on the number of ranks.
@@ -26,6 +26,8 @@ def linear(
         [rows, out_features], x's dtype, or float32 if wide.
     """
     out_dtype = torch.float32 if wide else x_MK.dtype
+    if isinstance(weight, PackedWeight):
+        return weight.linear(x_MK, bias_N, out_dtype)
     if isinstance(weight, QuantizedWeight):
         return reference.linear_w8a16(x_MK, weight, bias_N, out_dtype)
     if out_dtype != x_MK.dtype:

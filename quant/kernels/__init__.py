@@ -1,1 +1,24 @@
-"""The products of activations with quantized weights, one file a path."""
+"""The products of activations with weights, one file a path.
+
+A kernel packs a weight once into its own layout; the packed weight then multiplies.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from quant.weight import ReadyWeight, Weight
+
+
+class Kernel(Protocol):
+    """A path for products with weights, chosen once for a job.
+
+    Attributes:
+        name: what the user chooses it by.
+    """
+
+    name: str
+
+    def pack(self, weight: Weight) -> ReadyWeight:
+        """The weight in this path's layout; safe to call from several threads at once."""
+        ...

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quant.weight import QuantizedWeight
+from quant.weight import QuantizedWeight, ReadyWeight, Weight
 
 # Float32 bytes of the weight that are widened at a time, into one buffer that stays in cache.
 BLOCK_BYTES = 4 << 20
@@ -44,3 +44,12 @@ def _blockwise_product(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
         block_BK = wide_BK[: len(rows_BK)].copy_(rows_BK)
         out_MN[:, start : start + block] = F.linear(x_MK, block_BK)
     return out_MN
+
+
+class ReferenceKernel:
+    """Leaves a weight as it is: `quant.linear` multiplies it blockwise in float32."""
+
+    name = "reference"
+
+    def pack(self, weight: Weight) -> ReadyWeight:
+        return weight
