@@ -17,6 +17,7 @@ from parallel.checkpoint.layout import (
 )
 from parallel.checkpoint.readers.huggingface import INDEX_NAME, HuggingFaceSource, read_index
 from parallel.checkpoint.readers.prepared import MANIFEST, PreparedSource, is_prepared
+from parallel.checkpoint.readers.random import RandomSource
 from parallel.checkpoint.regular_file import check_directory
 from parallel.checkpoint.source import Source
 from parallel.errors import CheckpointError
@@ -58,6 +59,9 @@ class Checkpoint:
         """
         if isinstance(self.source, PreparedSource):
             return _prepared_layout(self.config, self.source, scheme, vocab_emb_dp)
+        if isinstance(self.source, RandomSource):
+            assert scheme == self.source.scheme, "random weights are made for one scheme"
+            return make_layout(self.config, scheme, vocab_emb_dp=vocab_emb_dp)
         layout = self._make_layout(scheme, vocab_emb_dp)
         check_source(layout.table, self.source.tensors, str(self.path))
         return layout
@@ -95,6 +99,17 @@ def open_checkpoint(
         eos_token_ids=_eos_ids(config, generation, path),
         unused_sampling=_unused_sampling(generation),
     )
+
+
+def open_random(values: Mapping[str, Any], scheme: QuantScheme, seed: int) -> Checkpoint:
+    """A checkpoint without files: the shape that `values` describe, by the names of config.json.
+
+    Raises:
+        ModelError, QuantError: a value that is missing or impossible, in a sentence.
+    """
+    config = ModelConfig.from_hf(values, "`model`")
+    source = RandomSource(make_layout(config, scheme), seed)
+    return Checkpoint(source.path, config, source, config.eos_token_ids, unused_sampling={})
 
 
 def read_config(path: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
