@@ -30,6 +30,25 @@ class ColumnParallelLinear:
 
 
 @dataclass(frozen=True)
+class ColumnParallelLinears:
+    """Linears of the same input, such as q, k and v: one product where their weights are fused.
+
+    Args:
+        linears: the fused product, or each part by itself.
+        local_sizes: the out_features of each part on this rank.
+    """
+
+    linears: tuple[ColumnParallelLinear, ...]
+    local_sizes: tuple[int, ...]
+
+    def __call__(self, x_MK: Tensor) -> Tensor:
+        """[M, sum of the local sizes]: the parts side by side."""
+        if len(self.linears) == 1:
+            return self.linears[0](x_MK)
+        return torch.cat([linear(x_MK) for linear in self.linears], dim=1)
+
+
+@dataclass(frozen=True)
 class RowParallelLinear:
     """`x @ W.T + b`, cut along in_features: local [M, K / size] -> [M, N] on every rank.
 

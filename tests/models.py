@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 
 from parallel.checkpoint.open import Checkpoint, open_checkpoint
-from parallel.checkpoint.shard import load_rank
 from parallel.generation.decode import Completion, GenerationLoop, Request
 from parallel.generation.sampling import Sampling
 from parallel.generation.score import score
 from parallel.group import Group, LoneGroup, ThreadGroup
-from parallel.model.build import build_decoder
+from parallel.load import load_decoder
 from parallel.model.decoder import Decoder
+from quant.kernels import Kernel
 from quant.scheme import QuantScheme
 
 CPU = torch.device("cpu")
@@ -33,10 +33,13 @@ def load(
     *,
     length: int = 256,
     vocab_emb_dp: bool = False,
+    kernel: Kernel | None = None,
 ) -> Decoder:
     layout = checkpoint.layout(scheme, vocab_emb_dp=vocab_emb_dp)
-    weights = load_rank(layout, checkpoint.source, group.rank, group.size, dtype, CPU)
-    return build_decoder(checkpoint.config, layout.table, weights, group, length)
+    decoder, _ = load_decoder(
+        layout, checkpoint.source, group, dtype, CPU, max_length=length, kernel=kernel
+    )
+    return decoder
 
 
 def logits(path: Path, ids: list[int], size: int, *, chunk: int = 512, **how) -> torch.Tensor:

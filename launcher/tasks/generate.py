@@ -22,21 +22,19 @@ from launcher.resolve import model_overrides
 from launcher.schema import GenerationSection
 from launcher.text import TextStream, Tokenizer, open_tokenizer
 from parallel.checkpoint.open import Checkpoint, open_checkpoint
-from parallel.checkpoint.shard import load_rank
 from parallel.generation.decode import Completion, GenerationLoop, Request, Timings
 from parallel.generation.sampling import Sampling
 from parallel.group import Group
-from parallel.model.build import build_decoder
+from parallel.load import LoadTimings, load_decoder
 from parallel.model.decoder import Decoder
 from quant.scheme import QuantScheme
-from quant.weight import Weight
 
 
 def run_rank(rank: Rank) -> None:
     """One rank's part: load its weights, run the loop; rank 0 prints and writes the results."""
     loaded_at = time.time()
     checkpoint = open_checkpoint(rank.job.checkpoint, model_overrides(rank.job.config))
-    decoder, weights = load_decoder(rank.job, checkpoint, rank.group, rank.device)
+    decoder, loaded = open_decoder(rank, checkpoint, rank.group)
     if rank.group.rank == 0:
         _say_dtype(rank, checkpoint, decoder)
     rank.group.barrier()
@@ -49,7 +47,7 @@ def run_rank(rank: Rank) -> None:
     if writer:
         writer.close()
     starts = {"load_s": ready_at - loaded_at, "before_load_s": loaded_at - rank.started_at}
-    _report(rank, loop.timings, starts, _weight_bytes(weights))
+    _report(rank, loop.timings, starts, loaded.weight_bytes)
 
 
 def _say_dtype(rank: Rank, checkpoint: Checkpoint, decoder: Decoder) -> None:
@@ -62,27 +60,46 @@ def _say_dtype(rank: Rank, checkpoint: Checkpoint, decoder: Decoder) -> None:
         )
 
 
-def load_decoder(
-    job: Job,
-    checkpoint: Checkpoint,
-    group: Group,
-    device: torch.device,
-    scheme: QuantScheme | None = None,
-) -> tuple[Decoder, dict[str, Weight]]:
+def open_decoder(
+    rank: Rank, checkpoint: Checkpoint, group: Group, scheme: QuantScheme | None = None
+) -> tuple[Decoder, LoadTimings]:
     """This rank's part of the model, from a prepared directory or sharded on the fly.
 
     Args:
+        group: the ranks that share the model; not always all ranks of the job.
         scheme: in place of the job's.
     """
-    dtype = resolve_dtype(job.config.dtype, checkpoint.config.dtype, device)
+    config = rank.job.config
     layout = checkpoint.layout(
-        scheme or job.config.quant.scheme(), vocab_emb_dp=job.config.parallel.vocab_emb_dp
+        scheme or config.quant.scheme(), vocab_emb_dp=config.parallel.vocab_emb_dp
     )
-    weights = load_rank(layout, checkpoint.source, group.rank, group.size, dtype, device)
-    decoder = build_decoder(
-        checkpoint.config, layout.table, weights, group, cache_length(job.prompts)
+    dtype = resolve_dtype(config.dtype, checkpoint.config.dtype, rank.device)
+    with _loading_bar(rank, layout.rank_bytes(group.rank, group.size)) as bar:
+        return load_decoder(
+            layout,
+            checkpoint.source,
+            group,
+            dtype,
+            rank.device,
+            max_length=cache_length(rank.job.prompts),
+            on_bytes=bar.update,
+        )
+
+
+def _loading_bar(rank: Rank, num_bytes: int) -> tqdm[Any]:
+    """Progress of loading on rank 0's console, gone when it is done."""
+    # tqdm's own lock is a semaphore of the system, which a killed rank would leave behind.
+    tqdm.set_lock(threading.RLock())
+    is_shown = rank.group.rank == 0 and rank.console.isatty()
+    return tqdm(
+        total=num_bytes,
+        unit="B",
+        unit_scale=True,
+        desc="loading",
+        file=rank.console,
+        leave=False,
+        disable=not is_shown,
     )
-    return decoder, weights
 
 
 def make_loop(
@@ -194,10 +211,6 @@ def _print(text: str) -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         sys.stdout = Path("/dev/null").open("w")  # noqa: SIM115
-
-
-def _weight_bytes(weights: dict[str, Weight]) -> int:
-    return sum(weight.nbytes for weight in weights.values())
 
 
 def _report(rank: Rank, timings: Timings, starts: dict[str, float], weight_bytes: int) -> None:

@@ -19,7 +19,7 @@ from launcher.failures import RunError
 from launcher.job import Job, Prompt
 from launcher.rank import Rank
 from launcher.resolve import model_overrides
-from launcher.tasks.generate import cache_length, load_decoder, make_loop, requests
+from launcher.tasks.generate import cache_length, make_loop, open_decoder, requests
 from parallel.checkpoint.open import Checkpoint, open_checkpoint
 from parallel.generation.score import score
 from parallel.group import Group, LoneGroup
@@ -82,7 +82,7 @@ def run_rank(rank: Rank) -> None:
 
 def _parallel_run(rank: Rank, checkpoint: Checkpoint) -> tuple[_Run | None, torch.dtype]:
     """The job on all ranks; its weights are given back before rank 0 loads the whole model."""
-    decoder, _ = load_decoder(rank.job, checkpoint, rank.group, rank.device)
+    decoder, _ = open_decoder(rank, checkpoint, rank.group)
     answers = _answers(rank.job, checkpoint, decoder)
     logits = _logits(rank.job, decoder, answers)
     return (_Run(answers, logits) if rank.group.rank == 0 else None), decoder.dtype
@@ -90,7 +90,7 @@ def _parallel_run(rank: Rank, checkpoint: Checkpoint) -> tuple[_Run | None, torc
 
 def _run_alone(rank: Rank, checkpoint: Checkpoint, scheme: QuantScheme, texts: Answers) -> _Run:
     group: Group = LoneGroup()
-    decoder, _ = load_decoder(rank.job, checkpoint, group, rank.device, scheme=scheme)
+    decoder, _ = open_decoder(rank, checkpoint, group, scheme)
     answers = _answers(rank.job, checkpoint, decoder)
     return _Run(answers, _logits(rank.job, decoder, texts))
 

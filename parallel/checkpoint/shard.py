@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from parallel.checkpoint.layout import SCALE_SUFFIX, Layout
@@ -29,16 +28,6 @@ def read_weight(layout: Layout, source: Source, row: Row, index: Index) -> Weigh
         scale_N = source.read(row.name + SCALE_SUFFIX, (index[0], slice(0, 1)))
         return QuantizedWeight(source.read(row.name, index), scale_N)
     return _quantize(layout, source, row, index)
-
-
-def load_rank(
-    layout: Layout, source: Source, rank: int, size: int, dtype: torch.dtype, device: torch.device
-) -> dict[str, Weight]:
-    """This rank's slice of every tensor, by checkpoint name, floats in the compute dtype."""
-    return {
-        row.name: _place(read_weight(layout, source, row, row.index(rank, size)), dtype, device)
-        for row in layout.table.values()
-    }
 
 
 def weight_parts(row: Row, weight: Weight) -> dict[str, Tensor]:
@@ -69,9 +58,3 @@ def _quantize(layout: Layout, source: Source, row: Row, index: Index) -> Quantiz
             "quant.modules_to_not_convert, or download it again."
         ) from error
     return QuantizedWeight(full.values_NK[:, index[1]].contiguous(), full.scale_N)
-
-
-def _place(weight: Weight, dtype: torch.dtype, device: torch.device) -> Weight:
-    if isinstance(weight, QuantizedWeight):
-        return weight.to(device)
-    return weight.to(device=device, dtype=dtype)

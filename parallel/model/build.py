@@ -1,4 +1,4 @@
-"""Put one rank's weights, by checkpoint name, into the layers of a decoder."""
+"""Put one rank's parameters, by name, into the layers of a decoder."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ from torch import Tensor
 from parallel.group import Group
 from parallel.layers import (
     ColumnParallelLinear,
+    ColumnParallelLinears,
     RowParallelLinear,
     VocabParallelEmbedding,
     VocabParallelHead,
 )
 from parallel.model.config import ModelConfig
 from parallel.model.decoder import MLP, Attention, Decoder, DecoderLayer, RMSNorm
+from parallel.model.parameters import FUSED
 from parallel.model.placements import EMBEDDING, HEAD, Table, head_sizes
-from parallel.placement import Split
-from quant.weight import Weight
+from parallel.placement import index_shape
+from quant.weight import ReadyWeight
 
 
 def build_decoder(
     config: ModelConfig,
     table: Table,
-    weights: Mapping[str, Weight],
+    weights: Mapping[str, ReadyWeight],
     group: Group,
     max_length: int,
 ) -> Decoder:
@@ -32,7 +34,8 @@ def build_decoder(
 
     Args:
         table: the tensors' placements; says which are whole on every rank.
-        weights: this rank's slice of each tensor, floats in the compute dtype.
+        weights: this rank's parameters (parallel/model/parameters.py) and its lm_head, also a tied
+            one; floats in the compute dtype, products as a kernel packed them.
         group: the ranks that share the model.
         max_length: the longest sequence in tokens.
     """
@@ -53,7 +56,7 @@ def build_decoder(
 class _Parts:
     config: ModelConfig
     table: Table
-    weights: Mapping[str, Weight]
+    weights: Mapping[str, ReadyWeight]
     group: Group
 
     def embedding(self) -> VocabParallelEmbedding:
@@ -64,54 +67,46 @@ class _Parts:
         )
 
     def head(self) -> VocabParallelHead:
-        sizes = head_sizes(self.config, self.group.size)
-        return VocabParallelHead(self._head_weight(), sizes, self.group)
+        return VocabParallelHead(
+            self.weights[HEAD], head_sizes(self.config, self.group.size), self.group
+        )
 
     def layer(self, index: int) -> DecoderLayer:
         prefix = f"model.layers.{index}."
         return DecoderLayer(
             self.norm(prefix + "input_layernorm"),
-            self._attention(index, prefix + "self_attn."),
+            Attention(
+                index,
+                self.config.head_dim,
+                self._columns(prefix, "self_attn.qkv_proj"),
+                self._row(prefix + "self_attn.o_proj"),
+            ),
             self.norm(prefix + "post_attention_layernorm"),
-            self._mlp(prefix + "mlp."),
+            MLP(self._columns(prefix, "mlp.gate_up_proj"), self._row(prefix + "mlp.down_proj")),
         )
 
     def norm(self, path: str) -> RMSNorm:
         return RMSNorm(self._tensor(path + ".weight"), self.config.rms_norm_eps)
 
     def num_local_kv_heads(self) -> int:
-        weight = self.weights["model.layers.0.self_attn.k_proj.weight"]
-        return weight.shape[0] // self.config.head_dim
+        return self._local_size("model.layers.0.self_attn.k_proj") // self.config.head_dim
 
-    def _attention(self, index: int, prefix: str) -> Attention:
-        return Attention(
-            index,
-            self.config.head_dim,
-            self._column(prefix + "q_proj"),
-            self._column(prefix + "k_proj"),
-            self._column(prefix + "v_proj"),
-            self._row(prefix + "o_proj"),
+    def _columns(self, prefix: str, fused: str) -> ColumnParallelLinears:
+        """A fused product, or its parts where they could not be fused."""
+        parts = [prefix + part for part in FUSED[fused]]
+        held = [prefix + fused] if prefix + fused + ".weight" in self.weights else parts
+        return ColumnParallelLinears(
+            tuple(
+                ColumnParallelLinear(self.weights[path + ".weight"], self._bias(path))
+                for path in held
+            ),
+            tuple(self._local_size(part) for part in parts),
         )
 
-    def _mlp(self, prefix: str) -> MLP:
-        return MLP(
-            self._column(prefix + "gate_proj"),
-            self._column(prefix + "up_proj"),
-            self._row(prefix + "down_proj"),
-        )
-
-    def _head_weight(self) -> Weight:
-        """A tied head is this rank's rows of the embedding: a view, also of a whole one."""
-        if HEAD in self.weights:
-            return self.weights[HEAD]
-        embedding = self._tensor(EMBEDDING)
-        if embedding.shape[0] != self.config.vocab_size:
-            return embedding
-        shape = (self.config.vocab_size, self.config.hidden_size)
-        return embedding[Split(0).index(shape, self.group.rank, self.group.size)[0]]
-
-    def _column(self, path: str) -> ColumnParallelLinear:
-        return ColumnParallelLinear(self.weights[path + ".weight"], self._bias(path))
+    def _local_size(self, path: str) -> int:
+        """Output channels of a column-parallel linear on this rank."""
+        index = self.table[path + ".weight"].index(self.group.rank, self.group.size)
+        return index_shape(index)[0]
 
     def _row(self, path: str) -> RowParallelLinear:
         return RowParallelLinear(self.weights[path + ".weight"], self._bias(path), self.group)

@@ -16,7 +16,7 @@ from torch import Tensor
 from parallel.generation.cache import KVCache
 from parallel.group import Group
 from parallel.layers import (
-    ColumnParallelLinear,
+    ColumnParallelLinears,
     RowParallelLinear,
     VocabParallelEmbedding,
     VocabParallelHead,
@@ -80,17 +80,16 @@ class Attention:
 
     layer: int
     head_dim: int
-    q_proj: ColumnParallelLinear
-    k_proj: ColumnParallelLinear
-    v_proj: ColumnParallelLinear
+    qkv_proj: ColumnParallelLinears
     o_proj: RowParallelLinear
 
     def __call__(
         self, x_TD: Tensor, step: Step, masks: Masks, cos_sin: tuple[Tensor, Tensor], cache: KVCache
     ) -> Tensor:
-        q_THC = rotate(self._heads(self.q_proj(x_TD)), *cos_sin)
-        k_TKC = rotate(self._heads(self.k_proj(x_TD)), *cos_sin)
-        cache.write(self.layer, step.slots_T, k_TKC, self._heads(self.v_proj(x_TD)))
+        q_TE, k_TE, v_TE = self.qkv_proj(x_TD).split(self.qkv_proj.local_sizes, dim=1)
+        q_THC = rotate(self._heads(q_TE), *cos_sin)
+        k_TKC = rotate(self._heads(k_TE), *cos_sin)
+        cache.write(self.layer, step.slots_T, k_TKC, self._heads(v_TE))
         attend = self._prefill if step.segments else self._decode
         return self.o_proj(attend(q_THC, step, masks, cache).flatten(1))
 
@@ -127,12 +126,12 @@ class Attention:
 class MLP:
     """SwiGLU (Shazeer, 2020)."""
 
-    gate_proj: ColumnParallelLinear
-    up_proj: ColumnParallelLinear
+    gate_up_proj: ColumnParallelLinears
     down_proj: RowParallelLinear
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_TD)).mul_(self.up_proj(x_TD)))
+        gate_TF, up_TF = self.gate_up_proj(x_TD).split(self.gate_up_proj.local_sizes, dim=1)
+        return self.down_proj(F.silu(gate_TF).mul_(up_TF))
 
 
 @dataclass(frozen=True)
