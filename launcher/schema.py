@@ -26,6 +26,9 @@ class Rule:
     words: str
 
 
+COLLECTIVES = ("auto", "shared_memory", "gloo")
+
+
 def _at_least(least: int) -> Rule:
     return Rule(lambda value: value >= least, f"at least {least}")
 
@@ -111,6 +114,11 @@ class ParallelSection:
         Rule(lambda value: value == 1, "1 (start one run for each replica)"),
     )
     vocab_emb_dp: bool = _key(False, "the embedding is whole on every rank")
+    collectives: str = _key(
+        "auto",
+        "how ranks on CPUs exchange: auto, shared_memory or gloo; auto: memory inside a host",
+        Rule(lambda value: value in COLLECTIVES, "auto, shared_memory or gloo"),
+    )
     start_timeout_s: float = _key(300.0, "deadline for all ranks to arrive, in seconds", _SECONDS)
     timeout_s: float = _key(300.0, "deadline of one collective, in seconds", _SECONDS)
 

@@ -12,13 +12,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import TextIO
 
-import torch
 import torch.distributed as dist
 
+from launcher.collectives import open_group
 from launcher.device import resolve_device, share_cores
 from launcher.environment import WorkerEnvironment, detect
 from launcher.failures import (
@@ -42,7 +41,6 @@ from launcher.run_dir import RunDir
 from launcher.tasks import rank_task
 from launcher.watch import StuckRankError, Watch
 from parallel.errors import PeerError
-from parallel.group import Group, LoneGroup, TorchGroup
 
 _AFTER_THE_CAUSE_S = 0.5
 # What a rank does with its error before it leaves; returns its exit status.
@@ -150,34 +148,11 @@ def _do_task(
 ) -> None:
     share_cores(member.num_core_sharers)
     device = resolve_device(job.config.device, member.local_rank)
-    group = _open_group(member, device, job.config.parallel.timeout_s, watch)
+    group = open_group(member, device, job.config.parallel, watch)
     watch.follow(lambda: sum(group.counts.values()))
     rank_task(job.config.task.name)(Rank(job, group, device, run_dir, console, started_at))
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _open_group(member: Member, device: torch.device, timeout_s: float, watch: Watch) -> Group:
-    if member.size == 1:
-        return LoneGroup()
-    if member.is_one_host:
-        # gloo would look up the host's name, which containers often cannot.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    is_gpu = device.type == "cuda"
-    if is_gpu:
-        torch.cuda.set_device(device)
-    try:
-        dist.init_process_group(
-            "nccl" if is_gpu else "gloo",
-            store=dist.PrefixStore("group", member.store),
-            rank=member.rank,
-            world_size=member.size,
-            timeout=timedelta(seconds=timeout_s),
-            device_id=device if is_gpu else None,
-        )
-    except RuntimeError as error:
-        raise PeerError(watch.describe_failure("connecting the ranks")) from error
-    return TorchGroup(watch.describe_failure)
 
 
 def _agree(member: Member, make_job: JobMaker, deadline: Deadline) -> tuple[Job, RunDir]:

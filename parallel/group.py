@@ -1,30 +1,36 @@
 """Group: the ranks of one tensor-parallel job, and the collectives between them.
 
-A group is handed to whoever needs it; there is no global rank or size. Four kinds:
+A group is handed to whoever needs it; there is no global rank or size. Those of one process are
+here:
 
-    TorchGroup      one process a rank, over torch.distributed (gloo on CPUs, NCCL on GPUs)
-    LoneGroup       one rank; every collective is the identity
-    ThreadGroup     n ranks as n threads of this process, with real results
-    SimulatedGroup  one rank of a larger job, alone: shapes and sizes are right, values are not
+    LoneGroup          one rank; every collective is the identity
+    ThreadGroup        n ranks as n threads of this process, with real results
+    SimulatedGroup     one rank of a larger job, alone: shapes and sizes are right, values are not
 
-This module is the only one that imports torch.distributed, beside the worker's start-up.
+and those of one process a rank in parallel/collectives:
+
+    SharedMemoryGroup  CPUs of one host
+    TorchGroup         over torch.distributed: gloo on CPUs, NCCL on GPUs
+    TwoLevelGroup      CPUs of several hosts: shared memory inside a host, gloo between them
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from parallel.errors import PeerError
 
 T = TypeVar("T")
+
+_COMBINE: dict[str, Any] = {"sum": torch.add, "max": torch.maximum}
 
 
 class Group(ABC):
@@ -34,6 +40,8 @@ class Group(ABC):
         rank: this rank, 0 <= rank < size.
         size: number of ranks.
         counts: how many times each collective was called, by name.
+        seconds: how long its calls took, by name, waiting for the others included; on a GPU, how
+            long it took to enqueue them.
     """
 
     def __init__(self, rank: int, size: int) -> None:
@@ -41,42 +49,46 @@ class Group(ABC):
         self.rank = rank
         self.size = size
         self.counts: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def all_reduce(self, x: Tensor, op: str = "sum") -> Tensor:
         """The sum (or "max") of x over the ranks, the same bits on every rank. May overwrite x."""
-        return self._counted("all_reduce", lambda: self._all_reduce(x, op))
+        return self._counted("all_reduce", x.nbytes, lambda: self._all_reduce(x, op))
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
         """Every rank's x, in rank order; the shapes must be equal."""
-        return self._counted("all_gather", lambda: self._all_gather(x))
+        return self._counted("all_gather", x.nbytes, lambda: self._all_gather(x))
 
     def gather(self, x: Tensor) -> list[Tensor] | None:
         """Every rank's x in rank order on rank 0, None elsewhere; the shapes must be equal."""
-        return self._counted("gather", lambda: self._gather(x))
+        return self._counted("gather", x.nbytes, lambda: self._gather(x))
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
-        """This rank's part, along dim 0, of the sum of x over the ranks."""
+        """This rank's part, along dim 0, of the sum of x over the ranks. May overwrite x."""
         assert x.shape[0] % self.size == 0, (x.shape, self.size)
-        return self._counted("reduce_scatter", lambda: self._reduce_scatter(x))
+        return self._counted("reduce_scatter", x.nbytes, lambda: self._reduce_scatter(x))
 
     def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
         """The source rank's x. May overwrite x."""
-        return self._counted("broadcast", lambda: self._broadcast(x, source))
+        return self._counted("broadcast", x.nbytes, lambda: self._broadcast(x, source))
 
     def send(self, x: Tensor, destination: int) -> None:
-        self._counted("send", lambda: self._send(x, destination))
+        self._counted("send", x.nbytes, lambda: self._send(x, destination))
 
     def recv(self, x: Tensor, source: int) -> Tensor:
         """Fill x with what the source rank sent."""
-        return self._counted("recv", lambda: self._recv(x, source))
+        return self._counted("recv", x.nbytes, lambda: self._recv(x, source))
 
     def barrier(self) -> None:
         """Return once every rank has called it."""
-        self._counted("barrier", self._barrier)
+        self._counted("barrier", 0, self._barrier)
 
-    def _counted(self, name: str, collective: Callable[[], T]) -> T:
+    def _counted(self, name: str, num_bytes: int, collective: Callable[[], T]) -> T:
         self.counts[name] += 1
-        return collective()
+        started_at = time.perf_counter()
+        result = collective()
+        self.seconds[name] += time.perf_counter() - started_at
+        return result
 
     @abstractmethod
     def _all_reduce(self, x: Tensor, op: str) -> Tensor: ...
@@ -123,8 +135,8 @@ class LoneGroup(Group):
         raise AssertionError("a group of one rank has nobody to receive from")
 
 
-class TorchGroup(Group):
-    """The ranks of the default process group of torch.distributed.
+class ProcessGroup(Group):
+    """The ranks are processes, so that a collective can break because of another.
 
     Args:
         describe_failure: called when a collective breaks; names the rank that is gone or stuck.
@@ -133,48 +145,20 @@ class TorchGroup(Group):
         PeerError: from a collective, when another rank is gone or the deadline passes.
     """
 
-    def __init__(self, describe_failure: Callable[[str], str] = str) -> None:
-        super().__init__(dist.get_rank(), dist.get_world_size())
+    # What a collective that breaks raises.
+    breaks: type[Exception] = RuntimeError
+
+    def __init__(self, rank: int, size: int, describe_failure: Callable[[str], str]) -> None:
+        super().__init__(rank, size)
         self._describe_failure = describe_failure
 
-    def _counted(self, name: str, collective: Callable[[], T]) -> T:
-        self.counts[name] += 1
+    def _counted(self, name: str, num_bytes: int, collective: Callable[[], T]) -> T:
         try:
-            return collective()
-        except (dist.DistError, RuntimeError) as error:
+            return super()._counted(name, num_bytes, collective)
+        except self.breaks as error:
             reason = str(error).partition("\n")[0][:200]
             call = f"{name} number {self.counts[name]} ({reason})"
             raise PeerError(self._describe_failure(call)) from error
-
-    def _all_reduce(self, x: Tensor, op: str) -> Tensor:
-        x = x.contiguous()
-        dist.all_reduce(x, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op])
-        return x
-
-    def _all_gather(self, x: Tensor) -> list[Tensor]:
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous())
-        return parts
-
-    def _gather(self, x: Tensor) -> list[Tensor] | None:
-        parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else None
-        dist.gather(x.contiguous(), parts, dst=0)
-        return parts
-
-    def _broadcast(self, x: Tensor, source: int) -> Tensor:
-        x = x.contiguous()
-        dist.broadcast(x, source)
-        return x
-
-    def _send(self, x: Tensor, destination: int) -> None:
-        dist.send(x.contiguous(), destination)
-
-    def _recv(self, x: Tensor, source: int) -> Tensor:
-        dist.recv(x, source)
-        return x
-
-    def _barrier(self) -> None:
-        dist.barrier()
 
 
 class _Meeting:
@@ -233,7 +217,8 @@ class ThreadGroup(Group):
         return results  # type: ignore[return-value]  # no error: every rank has left a result
 
     def _all_reduce(self, x: Tensor, op: str) -> Tensor:
-        return _reduced(self._all_gather(x), op)
+        reduce_into(total := torch.empty_like(x), self._all_gather(x), op)
+        return total
 
     def _all_gather(self, x: Tensor) -> list[Tensor]:
         self._turn += 1
@@ -252,18 +237,46 @@ class ThreadGroup(Group):
             return x.copy_(boxes.pop(key))
 
 
-def _reduced(parts: Sequence[Tensor], op: str) -> Tensor:
-    total = parts[0].clone()
-    for part in parts[1:]:
-        total = total + part if op == "sum" else torch.maximum(total, part)
-    return total
+def reduce_into(out: Tensor, parts: Sequence[Tensor], op: str) -> None:
+    """The sum (or "max") of the parts, in their order; no part may overlap with out.
+
+    16-bit numbers are added up in float32, and the sum is rounded once.
+    """
+    if op == "sum" and out.dtype in (torch.bfloat16, torch.float16):
+        total = parts[0].float()
+        for part in parts[1:]:
+            total.add_(part)
+        out.copy_(total)
+        return
+    combine = _COMBINE[op]
+    first, *rest = parts
+    if not rest:
+        out.copy_(first)
+    for part in rest:
+        combine(first, part, out=out)
+        first = out
 
 
 class SimulatedGroup(Group):
     """One rank of a larger job without the others: every collective returns this rank's own values.
 
     For the memory, the plan and the speed of a rank; the text it produces means nothing.
+
+    Args:
+        cost_s: how many seconds a collective (by name, of so many bytes) would take. They are added
+            to `seconds`, and nobody waits for them; default: nothing.
     """
+
+    def __init__(
+        self, rank: int, size: int, cost_s: Callable[[str, int], float] | None = None
+    ) -> None:
+        super().__init__(rank, size)
+        self._cost_s = cost_s
+
+    def _counted(self, name: str, num_bytes: int, collective: Callable[[], T]) -> T:
+        self.counts[name] += 1
+        self.seconds[name] += self._cost_s(name, num_bytes) if self._cost_s else 0.0
+        return collective()
 
     def _all_reduce(self, x: Tensor, op: str) -> Tensor:
         return x

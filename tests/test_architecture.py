@@ -23,8 +23,8 @@ LAYERS = {
 # Who alone may import, or use, what.
 DOORS = {
     "torch.distributed": (
-        "parallel/group.py", "launcher/presence.py", "launcher/rendezvous.py", "launcher/watch.py",
-        "launcher/worker.py", "launcher/workers.py",
+        "parallel/collectives/network.py", "launcher/collectives.py", "launcher/presence.py",
+        "launcher/rendezvous.py", "launcher/watch.py", "launcher/worker.py", "launcher/workers.py",
     ),
     "safetensors": ("parallel/checkpoint/",),
     "hydra": ("launcher/config.py",),

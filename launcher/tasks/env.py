@@ -52,6 +52,8 @@ def _shared_memory() -> str:
 def _libraries() -> dict[str, str]:
     import torch
 
+    from launcher.collectives import in_words
+
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),
@@ -60,5 +62,5 @@ def _libraries() -> dict[str, str]:
         "native bfloat16": "yes" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no",
         "GPUs": ", ".join(gpus) or "none",
         "int8 kernel": "reference (blockwise float32)",
-        "collectives": "nccl on GPUs, gloo on CPUs",
+        "collectives": in_words(),
     }
