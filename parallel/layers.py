@@ -109,8 +109,10 @@ class VocabParallelHead:
     def __call__(self, x_MD: Tensor) -> Tensor | None:
         """float32 logits [M, V] on rank 0, None elsewhere."""
         local_MV = linear(x_MD, self.local_weight).float()
-        widest = max(self.local_sizes)
-        parts = self.group.gather(F.pad(local_MV, (0, widest - local_MV.shape[1])))
+        if self.group.size == 1:
+            return local_MV
+        missing = max(self.local_sizes) - local_MV.shape[1]
+        parts = self.group.gather(F.pad(local_MV, (0, missing)) if missing else local_MV)
         if parts is None:
             return None
         return torch.cat(

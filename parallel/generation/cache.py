@@ -7,6 +7,8 @@ leave between steps without another step function.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,8 @@ from torch import Tensor
 class KVCache:
     """Keys and values of every layer, for `num_rows` sequences of at most `max_length` tokens.
 
-    Shapes: L layers, H local kv heads, S slots (num_rows * max_length), C head_dim.
+    Shapes: L layers, H local kv heads, R rows, M positions of a row, S slots (R * M), C head_dim. A
+    head's positions lie one after the other, so that attention reads them as one run.
     """
 
     def __init__(
@@ -29,28 +32,42 @@ class KVCache:
     ) -> None:
         self.num_rows = num_rows
         self.max_length = max_length
-        shape = (num_layers, 2, num_heads, num_rows * max_length, head_dim)
-        self._store_L2HSC = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (num_layers, 2, num_heads, num_rows, max_length, head_dim)
+        self._store_L2HRMC = torch.zeros(shape, dtype=dtype, device=device)
+        self._layers = tuple(_LayerViews.of(store) for store in self._store_L2HRMC)
 
     def write(self, layer: int, slots_T: Tensor, k_THC: Tensor, v_THC: Tensor) -> None:
         """Store one step's keys and values, [tokens, heads, head_dim], at their slots."""
-        keys_HSC, values_HSC = self._store_L2HSC[layer]
-        keys_HSC.index_copy_(1, slots_T, k_THC.transpose(0, 1))
-        values_HSC.index_copy_(1, slots_T, v_THC.transpose(0, 1))
+        views = self._layers[layer]
+        views.keys_HSC.index_copy_(1, slots_T, k_THC.transpose(0, 1))
+        views.values_HSC.index_copy_(1, slots_T, v_THC.transpose(0, 1))
 
     def row(self, layer: int, row: int, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one sequence's first `length` positions, views [heads, length, C]."""
-        start = row * self.max_length
-        keys_HSC, values_HSC = self._store_L2HSC[layer, :, :, start : start + length]
-        return keys_HSC, values_HSC
+        views = self._layers[layer]
+        return views.keys_RHMC[row, :, :length], views.values_RHMC[row, :, :length]
 
     def rows(self, layer: int, num_rows: int, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the first rows, views [rows, heads, length, C]."""
-        store = self._store_L2HSC[layer].unflatten(2, (self.num_rows, self.max_length))
-        keys_HRSC, values_HRSC = store[:, :, :num_rows, :length]
-        return keys_HRSC.transpose(0, 1), values_HRSC.transpose(0, 1)
+        views = self._layers[layer]
+        return views.keys_RHMC[:num_rows, :, :length], views.values_RHMC[:num_rows, :, :length]
 
     def move_row(self, source: int, target: int, length: int) -> None:
         """Copy a sequence to another row; the running ones stay the first rows that way."""
-        view = self._store_L2HSC.unflatten(3, (self.num_rows, self.max_length))
+        view = self._store_L2HRMC
         view[:, :, :, target, :length] = view[:, :, :, source, :length]
+
+
+@dataclass(frozen=True)
+class _LayerViews:
+    """Views of one layer's part of the store: by slot, for writing, and by row, for reading."""
+
+    keys_HSC: Tensor
+    values_HSC: Tensor
+    keys_RHMC: Tensor
+    values_RHMC: Tensor
+
+    @staticmethod
+    def of(store_2HRMC: Tensor) -> _LayerViews:
+        slots, rows = store_2HRMC.flatten(2, 3), store_2HRMC.transpose(1, 2)
+        return _LayerViews(slots[0], slots[1], rows[0], rows[1])

@@ -1,7 +1,8 @@
 """The decoder: one step, tokens in and logits out, on static buffers.
 
 Shape suffixes: T tokens of the step, S selected tokens, B sequences, D hidden, H local query
-heads, K local kv heads, G query heads of a kv head, C head_dim, L length of the cache, V vocabulary.
+heads, K local kv heads, G query heads of a kv head, E heads of q, k and v side by side, C head_dim,
+L length of the cache, F local FFN, V vocabulary.
 """
 
 from __future__ import annotations
@@ -41,6 +42,11 @@ class Segment:
     stop: int
     length: int
 
+    @property
+    def starts_sequence(self) -> bool:
+        """Whether the run begins at the sequence's first position."""
+        return self.length == self.stop - self.start
+
 
 @dataclass(frozen=True)
 class Step:
@@ -62,6 +68,24 @@ class Step:
 
 
 @dataclass(frozen=True)
+class StepContext:
+    """What the layers of one step share; made once a step.
+
+    Attributes:
+        step: its tokens.
+        cos_T1C, sin_T1C: each token's rotary angles.
+        masks: for each run of a prefill, or once for decode: what is added to the scores, 0 or
+            -inf, or None where every query sees every position or the run is a whole prompt's
+            beginning, which the attention masks by itself.
+    """
+
+    step: Step
+    cos_T1C: Tensor
+    sin_T1C: Tensor
+    masks: tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True)
 class RMSNorm:
     """Zhang and Sennrich (2019); the mean square is taken in float32."""
 
@@ -69,9 +93,8 @@ class RMSNorm:
     eps: float
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        wide_TD = x_TD.float()
-        scale_T = torch.rsqrt(wide_TD.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight_D * (wide_TD * scale_T).to(x_TD.dtype)
+        # Rounded to the compute dtype before the weight, as in transformers.
+        return self.weight_D * torch.rms_norm(x_TD, self.weight_D.shape, None, self.eps)
 
 
 @dataclass(frozen=True)
@@ -83,42 +106,44 @@ class Attention:
     qkv_proj: ColumnParallelLinears
     o_proj: RowParallelLinear
 
-    def __call__(
-        self, x_TD: Tensor, step: Step, masks: Masks, cos_sin: tuple[Tensor, Tensor], cache: KVCache
-    ) -> Tensor:
-        q_TE, k_TE, v_TE = self.qkv_proj(x_TD).split(self.qkv_proj.local_sizes, dim=1)
-        q_THC = rotate(self._heads(q_TE), *cos_sin)
-        k_TKC = rotate(self._heads(k_TE), *cos_sin)
-        cache.write(self.layer, step.slots_T, k_TKC, self._heads(v_TE))
-        attend = self._prefill if step.segments else self._decode
-        return self.o_proj(attend(q_THC, step, masks, cache).flatten(1))
+    def __call__(self, x_TD: Tensor, context: StepContext, cache: KVCache) -> Tensor:
+        qkv_TEC = self.qkv_proj(x_TD).unflatten(1, (-1, self.head_dim))
+        num_heads, num_kv_heads, _ = (size // self.head_dim for size in self.qkv_proj.local_sizes)
+        # q and k lie side by side: one rotation turns both.
+        qk_TEC = rotate(qkv_TEC[:, :-num_kv_heads], context.cos_T1C, context.sin_T1C)
+        v_TKC = qkv_TEC[:, -num_kv_heads:]
+        cache.write(self.layer, context.step.slots_T, qk_TEC[:, num_heads:], v_TKC)
+        attend = self._prefill if context.step.segments else self._decode
+        return self.o_proj(attend(qk_TEC[:, :num_heads], context, cache).flatten(1))
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(1, (-1, self.head_dim))
-
-    def _prefill(self, q_THC: Tensor, step: Step, masks: Masks, cache: KVCache) -> Tensor:
+    def _prefill(self, q_THC: Tensor, context: StepContext, cache: KVCache) -> Tensor:
         runs = [
             self._attend_run(q_THC[segment.start : segment.stop], segment, mask, cache)
-            for segment, mask in zip(step.segments, masks, strict=True)
+            for segment, mask in zip(context.step.segments, context.masks, strict=True)
         ]
-        return torch.cat(runs)
+        return runs[0] if len(runs) == 1 else torch.cat(runs)
 
     def _attend_run(
-        self, q_THC: Tensor, segment: Segment, mask_TL: Tensor, cache: KVCache
+        self, q_THC: Tensor, segment: Segment, mask_TL: Tensor | None, cache: KVCache
     ) -> Tensor:
         """One sequence: kv heads are the batch, the G query heads of each share its keys."""
         k_KLC, v_KLC = cache.row(self.layer, segment.row, segment.length)
         q_KGTC = q_THC.unflatten(1, (k_KLC.shape[0], -1)).permute(1, 2, 0, 3)
         num_groups = q_KGTC.shape[1]
         k_KGLC, v_KGLC = (x.unsqueeze(1).expand(-1, num_groups, -1, -1) for x in (k_KLC, v_KLC))
-        out_KGTC = F.scaled_dot_product_attention(q_KGTC, k_KGLC, v_KGLC, mask_TL)
+        is_causal = mask_TL is None and segment.starts_sequence
+        out_KGTC = F.scaled_dot_product_attention(
+            q_KGTC, k_KGLC, v_KGLC, mask_TL, is_causal=is_causal
+        )
         return out_KGTC.permute(2, 0, 1, 3).flatten(1, 2)
 
-    def _decode(self, q_BHC: Tensor, step: Step, masks: Masks, cache: KVCache) -> Tensor:
-        """One token a sequence: the G query heads of a kv head are its rows of queries."""
-        k_BKLC, v_BKLC = cache.rows(self.layer, q_BHC.shape[0], step.length)
+    def _decode(self, q_BHC: Tensor, context: StepContext, cache: KVCache) -> Tensor:
+        """One token a sequence: the G query heads of a kv head are its rows of queries, so that a
+        key is read once for all of them.
+        """
+        k_BKLC, v_BKLC = cache.rows(self.layer, q_BHC.shape[0], context.step.length)
         q_BKGC = q_BHC.unflatten(1, (k_BKLC.shape[1], -1))
-        out_BKGC = F.scaled_dot_product_attention(q_BKGC, k_BKLC, v_BKLC, masks[0])
+        out_BKGC = F.scaled_dot_product_attention(q_BKGC, k_BKLC, v_BKLC, context.masks[0])
         return out_BKGC.flatten(1, 2)
 
 
@@ -141,14 +166,10 @@ class DecoderLayer:
     post_attention_layernorm: RMSNorm
     mlp: MLP
 
-    def __call__(
-        self, x_TD: Tensor, step: Step, masks: Masks, cos_sin: tuple[Tensor, Tensor], cache: KVCache
-    ) -> Tensor:
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), step, masks, cos_sin, cache)
-        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
-
-
-Masks = tuple[Tensor, ...]
+    def __call__(self, x_TD: Tensor, context: StepContext, cache: KVCache) -> Tensor:
+        # The first sum is a tensor of this layer's own, which the second may overwrite.
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), context, cache)
+        return x_TD.add_(self.mlp(self.post_attention_layernorm(x_TD)))
 
 
 class Decoder:
@@ -179,17 +200,21 @@ class Decoder:
         self.num_local_kv_heads = num_local_kv_heads
         self.dtype = norm.weight_D.dtype
         self.device = norm.weight_D.device
-        cos_LC, sin_LC = cos_sin_table(config, max_length, self.dtype)
-        self._cos_LC, self._sin_LC = cos_LC.to(self.device), sin_LC.to(self.device)
+        cos_L1C, sin_L1C = cos_sin_table(config, max_length, self.dtype)
+        self._cos_L1C, self._sin_L1C = cos_L1C.to(self.device), sin_L1C.to(self.device)
 
     @torch.inference_mode()
     def __call__(self, step: Step, cache: KVCache) -> Tensor | None:
         """float32 logits [S, V] of the selected tokens on rank 0, None on the other ranks."""
-        cos_sin = self._cos_LC[step.positions_T], self._sin_LC[step.positions_T]
-        masks = _masks(step)
+        context = StepContext(
+            step,
+            self._cos_L1C[step.positions_T],
+            self._sin_L1C[step.positions_T],
+            _masks(step, self.dtype),
+        )
         x_TD = self.embed_tokens(step.token_ids_T)
         for layer in self.layers:
-            x_TD = layer(x_TD, step, masks, cos_sin, cache)
+            x_TD = layer(x_TD, context, cache)
         if step.select_S.numel() == 0:
             return None
         return self.lm_head(self.norm(x_TD[step.select_S]))
@@ -207,16 +232,22 @@ class Decoder:
         )
 
 
-def _masks(step: Step) -> Masks:
-    """Which cached positions each query sees; made once a step, shared by the layers."""
+def _masks(step: Step, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    """What is added to the scores of each run; a mask of bools would be converted in each layer."""
     if not step.segments:
-        visible_BL = _visible(step.positions_T, step.length)
-        return (visible_BL[:, None, None, :],)
+        if len(step.positions_T) == 1:  # step.length is this token's: it sees all of them
+            return (None,)
+        return (_hidden(step.positions_T, step.length, dtype)[:, None, None, :],)
     return tuple(
-        _visible(step.positions_T[segment.start : segment.stop], segment.length)
+        None
+        if segment.starts_sequence or segment.stop - segment.start == 1
+        else _hidden(step.positions_T[segment.start : segment.stop], segment.length, dtype)
         for segment in step.segments
     )
 
 
-def _visible(positions_T: Tensor, length: int) -> Tensor:
-    return torch.arange(length, device=positions_T.device) <= positions_T.unsqueeze(1)
+def _hidden(positions_T: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """-inf where a cached position comes after the query's, 0 elsewhere, [T, length]."""
+    places_L = torch.arange(length, device=positions_T.device)
+    mask_TL = torch.zeros(len(positions_T), length, dtype=dtype, device=positions_T.device)
+    return mask_TL.masked_fill_(places_L > positions_T.unsqueeze(1), float("-inf"))

@@ -22,17 +22,20 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 
 
 def cos_sin_table(config: ModelConfig, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of every angle, [length, head_dim], computed in float32, stored as `dtype`."""
+    """cos and sin of every angle, [length, 1, head_dim], computed in float32, stored as `dtype`.
+
+    The first half of the sines is negative, as `rotate` wants it.
+    """
     positions = torch.arange(length, dtype=torch.float32)
-    angles = torch.outer(positions, inverse_frequencies(config)).repeat(1, 2)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    angles = torch.outer(positions, inverse_frequencies(config)).unsqueeze(1)
+    cos, sin = angles.cos().repeat(1, 1, 2), angles.sin()
+    return cos.to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
-def rotate(x_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
-    """Turn [tokens, heads, head_dim] by each token's angles, [tokens, head_dim]."""
-    first, second = x_THC.chunk(2, dim=-1)
-    turned_THC = torch.cat((-second, first), dim=-1)
-    return x_THC * cos_TC.unsqueeze(1) + turned_THC * sin_TC.unsqueeze(1)
+def rotate(x_THC: Tensor, cos_T1C: Tensor, sin_T1C: Tensor) -> Tensor:
+    """Turn [tokens, heads, head_dim] by each token's angles, as `cos_sin_table` has them."""
+    turned_THC = x_THC.roll(x_THC.shape[-1] // 2, -1)
+    return (x_THC * cos_T1C).addcmul_(turned_THC, sin_T1C)
 
 
 def _scaled(plain: Tensor, scaling: RopeScaling) -> Tensor:
