@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -16,14 +15,15 @@ from launcher.failures import EXIT_FAILED, EXIT_USER, USER_ERRORS, RunError, one
 from launcher.help import help_text
 from launcher.schema import Config, to_yaml
 from launcher.tasks import RANK_TASKS, TASKS, check_effects, local_task
+from launcher.timeline import Timeline
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command line; returns the exit status. Errors are sentences on stderr."""
-    started_at = time.time()
+    timeline = Timeline.of_command()
     words = _task_first(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _run(words, started_at)
+        return _run(words, timeline)
     except USER_ERRORS as error:
         _say(one_line(error))
         return EXIT_USER
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
 
 
-def _run(words: list[str], started_at: float) -> int:
+def _run(words: list[str], timeline: Timeline) -> int:
     if {"--help", "-h"} & set(words):
         print(help_text(words))
         return 0
@@ -48,10 +48,10 @@ def _run(words: list[str], started_at: float) -> int:
         return 0
     config = compose(words)
     check_effects(words, config.task.name)
-    return _run_task(config, environment, started_at)
+    return _run_task(config, environment, timeline)
 
 
-def _run_task(config: Config, environment: WorkerEnvironment, started_at: float) -> int:
+def _run_task(config: Config, environment: WorkerEnvironment, timeline: Timeline) -> int:
     for note in environment.notes if environment.rank in (None, 0) else ():
         _say(note)
     if environment.is_scheduler:
@@ -65,8 +65,8 @@ def _run_task(config: Config, environment: WorkerEnvironment, started_at: float)
                 local_task(config.task.name)(config, environment)
         return 0
     if environment.is_plain:
-        return _start_ranks(config, environment, started_at)
-    return _be_rank(config, environment, started_at)
+        return _start_ranks(config, environment, timeline)
+    return _be_rank(config, environment, timeline)
 
 
 @contextmanager
@@ -83,7 +83,7 @@ def _orderly_end() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _start_ranks(config: Config, environment: WorkerEnvironment, started_at: float) -> int:
+def _start_ranks(config: Config, environment: WorkerEnvironment, timeline: Timeline) -> int:
     from launcher.resolve import make_job
     from launcher.run_dir import RunDir
     from launcher.workers import preload_torch, run_workers
@@ -93,17 +93,19 @@ def _start_ranks(config: Config, environment: WorkerEnvironment, started_at: flo
         _say(note)
     # Only now: a refusal must not wait for processes that it never needed.
     preload_torch()
-    return run_workers(RunDir.create(job), job.tp, started_at)
+    timeline.mark("configuration")
+    return run_workers(RunDir.create(job), job.tp, timeline)
 
 
-def _be_rank(config: Config, environment: WorkerEnvironment, started_at: float) -> int:
+def _be_rank(config: Config, environment: WorkerEnvironment, timeline: Timeline) -> int:
+    timeline.mark("configuration")
     from launcher.resolve import make_job
     from launcher.worker import run_external
 
     return run_external(
         environment,
         lambda reads_prompts: make_job(config, environment, reads_prompts=reads_prompts),
-        started_at,
+        timeline,
         config.parallel.start_timeout_s,
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from launcher.failures import ConfigError
@@ -58,11 +57,3 @@ def resolve_dtype(name: str, checkpoint_dtype: str, device: torch.device) -> tor
     dtype = getattr(torch, chosen)
     assert isinstance(dtype, torch.dtype)
     return dtype
-
-
-def share_cores(num_local_ranks: int) -> None:
-    """Divide the cores this process may use among the ranks of the host; OMP_NUM_THREADS wins."""
-    import torch
-
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_local_ranks))

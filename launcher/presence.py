@@ -17,6 +17,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from launcher.topology import allowed_cpus
+
 # A rank on another machine that has been silent for so long is taken for dead.
 SILENCE_S = 6.0
 # How long the host of the store stays for the others after the run has failed.
@@ -120,7 +122,7 @@ def place_of_process() -> Place:
         "machine": _machine(),
         "pid": os.getpid(),
         "started": process_start(os.getpid()),
-        "cores": sorted(os.sched_getaffinity(0)),
+        "cores": sorted(allowed_cpus()),
     }
 
 

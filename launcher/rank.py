@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 
+from launcher.cores import Taken
 from launcher.job import Job
 from launcher.run_dir import RunDir
+from launcher.timeline import Timeline
 from parallel.group import Group
+
+# Of what a rank says of itself, in JSON.
+_WORDS_BYTES = 8192
 
 
 @dataclass(frozen=True)
@@ -18,7 +24,8 @@ class Rank:
 
     Attributes:
         console: where progress is shown; the terminal, also when stderr goes to a log.
-        started_at: when the command started, in seconds since the epoch.
+        timeline: the stages of the start so far.
+        seat: its cores and threads.
     """
 
     job: Job
@@ -26,4 +33,15 @@ class Rank:
     device: torch.device
     run_dir: RunDir
     console: TextIO
-    started_at: float
+    timeline: Timeline
+    seat: Taken
+
+    def gather(self, words: dict[str, Any]) -> list[dict[str, Any]] | None:
+        """What each rank says, in rank order on rank 0, None elsewhere; all ranks must call it."""
+        text = json.dumps(words).encode().ljust(_WORDS_BYTES)
+        assert len(text) == _WORDS_BYTES, len(text)
+        mine = torch.frombuffer(bytearray(text), dtype=torch.int64).to(self.device)
+        parts = self.group.gather(mine)
+        if parts is None:
+            return None
+        return [json.loads(part.cpu().numpy().tobytes()) for part in parts]

@@ -59,10 +59,9 @@ class Member:
         return all(is_here(place) for place in self.places)
 
     @property
-    def num_core_sharers(self) -> int:
-        """How many ranks, this one included, run on the very cores of this one."""
-        mine = self.places[self.rank]["cores"]
-        return sum(is_here(place) and place["cores"] == mine for place in self.places)
+    def ranks_here(self) -> list[int]:
+        """The ranks on this machine, this one included."""
+        return [rank for rank, place in enumerate(self.places) if is_here(place)]
 
 
 class Deadline:

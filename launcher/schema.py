@@ -114,6 +114,12 @@ class ParallelSection:
         Rule(lambda value: value == 1, "1 (start one run for each replica)"),
     )
     vocab_emb_dp: bool = _key(False, "the embedding is whole on every rank")
+    threads: int | None = _key(
+        None,
+        "CPU threads of each rank; null: OMP_NUM_THREADS, else the host's cores divided",
+        _at_least(1),
+    )
+    pin: bool = _key(True, "bind each rank to its share of the host's cores")
     collectives: str = _key(
         "auto",
         "how ranks on CPUs exchange: auto, shared_memory or gloo; auto: memory inside a host",

@@ -15,10 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
+import torch
 import torch.distributed as dist
 
 from launcher.collectives import open_group
-from launcher.device import resolve_device, share_cores
+from launcher.cores import Taken, read_wishes, take_seat
+from launcher.device import resolve_device
 from launcher.environment import WorkerEnvironment, detect
 from launcher.failures import (
     EXIT_FAILED,
@@ -38,7 +40,9 @@ from launcher.rendezvous import (
     wait_for,
 )
 from launcher.run_dir import RunDir
+from launcher.schema import ParallelSection
 from launcher.tasks import rank_task
+from launcher.timeline import Timeline
 from launcher.watch import StuckRankError, Watch
 from parallel.errors import PeerError
 
@@ -50,8 +54,9 @@ Recorder = Callable[[BaseException], int]
 JobMaker = Callable[[bool], tuple[Job, tuple[str, ...]]]
 
 
-def run_started(run_path: str, job_hash: str, started_at: float) -> None:
+def run_started(run_path: str, job_hash: str, timeline: Timeline) -> None:
     """Entry point of a rank that we started: its output goes to its log, its error to a record."""
+    timeline.mark("start_ranks")
     # Ctrl-C must end a rank also inside a collective, which Python's own handler waits for.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     run_dir, rank = RunDir(Path(run_path)), int(os.environ["RANK"])
@@ -71,13 +76,14 @@ def run_started(run_path: str, job_hash: str, started_at: float) -> None:
         member = join(detect(os.environ), job.config.parallel.start_timeout_s)
     except BaseException as error:
         _leave(record(error))
-    _live(member, lambda watch: _do_task(member, watch, job, run_dir, console, started_at), record)
+    timeline.mark("rendezvous")
+    _live(member, lambda watch: _do_task(member, watch, job, run_dir, console, timeline), record)
 
 
 def run_external(
     environment: WorkerEnvironment,
     make_job: JobMaker,
-    started_at: float,
+    timeline: Timeline,
     start_timeout_s: float = 300.0,
 ) -> int:
     """Entry point of a rank that somebody else started: its output is theirs to collect.
@@ -88,11 +94,14 @@ def run_external(
     Returns:
         0; a failed rank leaves the process with its status.
     """
+    timeline.mark("import_torch")
     member = join(environment, start_timeout_s)
+    timeline.mark("rendezvous")
 
     def work(watch: Watch) -> None:
         job, run_dir = _agree(member, make_job, arrival_deadline(environment, start_timeout_s))
-        _do_task(member, watch, job, run_dir, sys.stderr, started_at)
+        timeline.mark("agreement")
+        _do_task(member, watch, job, run_dir, sys.stderr, timeline)
 
     _live(member, work, lambda error: _report(member, error))
     return 0
@@ -144,15 +153,32 @@ def _leave(status: int) -> None:
 
 
 def _do_task(
-    member: Member, watch: Watch, job: Job, run_dir: RunDir, console: TextIO, started_at: float
+    member: Member, watch: Watch, job: Job, run_dir: RunDir, console: TextIO, timeline: Timeline
 ) -> None:
-    share_cores(member.num_core_sharers)
     device = resolve_device(job.config.device, member.local_rank)
+    seat = _take_seat(member, job.config.parallel, device, console)
     group = open_group(member, device, job.config.parallel, watch)
     watch.follow(lambda: sum(group.counts.values()))
-    rank_task(job.config.task.name)(Rank(job, group, device, run_dir, console, started_at))
+    timeline.mark("process_group")
+    rank_task(job.config.task.name)(Rank(job, group, device, run_dir, console, timeline, seat))
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _take_seat(
+    member: Member, section: ParallelSection, device: torch.device, console: TextIO
+) -> Taken:
+    """Bind this rank to its share of the host's cores, before anything is computed."""
+    wishes = read_wishes(section.threads, section.pin, os.environ)
+    if device.type == "cuda":
+        wishes = replace(wishes, floating="the ranks compute on GPUs")
+    allowed = [frozenset(member.places[rank]["cores"]) for rank in member.ranks_here]
+    seat = take_seat(allowed, member.ranks_here.index(member.rank), wishes)
+    if seat.refused:
+        print(f"shardrun: rank {member.rank}: {seat.refused}", file=console)
+    if wishes.note and member.rank == 0:
+        print(f"shardrun: {wishes.note}", file=console)
+    return seat
 
 
 def _agree(member: Member, make_job: JobMaker, deadline: Deadline) -> tuple[Job, RunDir]:

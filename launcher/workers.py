@@ -16,6 +16,7 @@ from typing import Any
 
 from launcher.failures import EXIT_USER, ErrorRecord, RunError, first_cause, one_line
 from launcher.run_dir import RunDir
+from launcher.timeline import Timeline
 
 _TRACEBACK_LINES = 12
 
@@ -26,7 +27,7 @@ def preload_torch() -> None:
     forkserver.ensure_running()
 
 
-def run_workers(run_dir: RunDir, size: int, started_at: float) -> int:
+def run_workers(run_dir: RunDir, size: int, timeline: Timeline) -> int:
     """Run the job of a run directory on `size` ranks of this host.
 
     Returns:
@@ -55,8 +56,9 @@ def run_workers(run_dir: RunDir, size: int, started_at: float) -> int:
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=None),
     )
+    timeline.mark("import_torch")
     try:
-        elastic_launch(settings, run_started)(str(run_dir.path), run_dir.job_hash(), started_at)
+        elastic_launch(settings, run_started)(str(run_dir.path), run_dir.job_hash(), timeline)
     except ChildFailedError as error:
         return _explain(run_dir, error.failures)
     except SignalException as error:

@@ -80,7 +80,7 @@ def test_ranks_from_the_launcher_are_kept(store: dist.TCPStore) -> None:
     members = join_all([worker(store, 3, rank) for rank in (2, 0, 1)])
     assert [member.rank for member in members] == [2, 0, 1]
     assert all(member.size == 3 and member.is_one_host for member in members)
-    assert all(member.num_core_sharers == 3 for member in members)
+    assert all(member.ranks_here == [0, 1, 2] for member in members)
 
 
 def test_ranks_are_handed_out_where_the_launcher_gave_none(store: dist.TCPStore) -> None:

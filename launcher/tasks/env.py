@@ -7,9 +7,11 @@ import platform
 import socket
 from pathlib import Path
 
+from launcher.cores import divide, read_wishes
 from launcher.environment import WorkerEnvironment, decide_size, seen_variables
 from launcher.resolve import DEMO_TP
 from launcher.schema import Config
+from launcher.topology import Topology, allowed_cpus, format_cpus, read_topology
 
 
 def run(config: Config, environment: WorkerEnvironment) -> None:
@@ -27,7 +29,7 @@ def run(config: Config, environment: WorkerEnvironment) -> None:
         "ranks": size,
         "rendezvous": environment.store or "rank 0 opens one on a free port",
         "host": socket.gethostname(),
-        "cores": f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}",
+        **_cores(config, environment, size),
         "shared memory": _shared_memory(),
         **_libraries(),
         **{f"${name}": value for name, value in seen_variables(os.environ).items()},
@@ -40,6 +42,35 @@ def run(config: Config, environment: WorkerEnvironment) -> None:
 
 def _is_open(environment: WorkerEnvironment) -> bool:
     return environment.rank is None and not environment.is_scheduler and not environment.is_plain
+
+
+def _cores(config: Config, environment: WorkerEnvironment, size: int) -> dict[str, str]:
+    """The cores, what limits them, and how ranks that we start would divide them."""
+    cpus = allowed_cpus()
+    topology = read_topology(cpus)
+    wishes = read_wishes(config.parallel.threads, config.parallel.pin, os.environ)
+    if environment.is_plain:
+        seats = divide(topology, [cpus] * size, wishes)
+        division = {f"rank {rank}": str(seat) for rank, seat in enumerate(seats)}
+    else:
+        division = {"division": "ranks of a host that may use the same cores divide them"}
+    return {
+        "cores": f"{format_cpus(cpus)}: {len(topology.physical_cores(cpus))} physical ones, "
+        f"{len(cpus)} threads, of this host's {os.cpu_count()}",
+        "NUMA nodes": _nodes(topology, cpus),
+        "cpu quota": "none" if topology.quota is None else f"{topology.quota:g} cores' time",
+        **division,
+        **({"threads": wishes.note} if wishes.note else {}),
+    }
+
+
+def _nodes(topology: Topology, cpus: frozenset[int]) -> str:
+    """`0: 0-3, 1: 4-7`, of the CPUs that may be used."""
+    nodes = {
+        node: [cpu for cpu in cpus if topology.nodes_of([cpu]) == [node]]
+        for node in topology.nodes_of(cpus)
+    }
+    return ", ".join(f"{node}: {format_cpus(own)}" for node, own in nodes.items())
 
 
 def _shared_memory() -> str:

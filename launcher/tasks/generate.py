@@ -6,13 +6,11 @@ import json
 import resource
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
 from tqdm import tqdm
 
 from launcher.device import resolve_dtype
@@ -32,22 +30,24 @@ from quant.scheme import QuantScheme
 
 def run_rank(rank: Rank) -> None:
     """One rank's part: load its weights, run the loop; rank 0 prints and writes the results."""
-    loaded_at = time.time()
     checkpoint = open_checkpoint(rank.job.checkpoint, model_overrides(rank.job.config))
+    rank.timeline.mark("open_checkpoint")
     decoder, loaded = open_decoder(rank, checkpoint, rank.group)
+    rank.timeline.mark("load")
     if rank.group.rank == 0:
         _say_dtype(rank, checkpoint, decoder)
     rank.group.barrier()
-    ready_at = time.time()
+    rank.timeline.mark("wait_for_others")
     writer = ResultWriter(rank) if rank.group.rank == 0 else None
     loop = make_loop(rank.job, checkpoint, decoder, writer)
+    rank.timeline.mark("tokenizer_and_cache")
     for completion in loop.run(requests(rank.job.prompts)):
         if writer:
             writer.finish(completion)
     if writer:
         writer.close()
-    starts = {"load_s": ready_at - loaded_at, "before_load_s": loaded_at - rank.started_at}
-    _report(rank, loop.timings, starts, loaded.weight_bytes)
+    rank.timeline.mark("prefill", loop.timings.first_token_at)
+    _report(rank, loop.timings, loaded)
 
 
 def _say_dtype(rank: Rank, checkpoint: Checkpoint, decoder: Decoder) -> None:
@@ -213,23 +213,25 @@ def _print(text: str) -> None:
         sys.stdout = Path("/dev/null").open("w")  # noqa: SIM115
 
 
-def _report(rank: Rank, timings: Timings, starts: dict[str, float], weight_bytes: int) -> None:
-    """report.json, by rank 0, with every rank's bytes and memory."""
+def _report(rank: Rank, timings: Timings, loaded: LoadTimings) -> None:
+    """report.json, by rank 0, with every rank's cores and memory, and the stages of the start."""
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    mine = torch.tensor([weight_bytes, peak_bytes], dtype=torch.int64, device=rank.device)
     counts = dict(rank.group.counts)
-    parts = rank.group.gather(mine)
-    if parts is None:
+    mine = {"peak_rss_bytes": peak_bytes, "load": asdict(loaded), **rank.seat.report()}
+    ranks = rank.gather(mine)
+    if ranks is None:
         return
+    started_at = rank.timeline.started_at
     report = {
         "task": rank.job.config.task.name,
         "tp": rank.group.size,
         "device": str(rank.device.type),
-        "weight_bytes": [int(part[0]) for part in parts],
-        "peak_rss_bytes": [int(part[1]) for part in parts],
+        "weight_bytes": [part["load"].pop("weight_bytes") for part in ranks],
+        "peak_rss_bytes": [part.pop("peak_rss_bytes") for part in ranks],
         "collectives": counts,
-        "first_token_s": (timings.first_token_at or rank.started_at) - rank.started_at,
-        **starts,
+        "first_token_s": (timings.first_token_at or started_at) - started_at,
+        "start": rank.timeline.durations(),
+        "ranks": ranks,
         **_rates(timings),
     }
     rank.run_dir.report.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
