@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quant.kernels import reference
+from quant.kernels.reference import ReferenceWeight, linear_wide
 from quant.weight import PackedWeight, QuantizedWeight, ReadyWeight
 
 
@@ -26,10 +26,10 @@ def linear(
         [rows, out_features], x's dtype, or float32 if wide.
     """
     out_dtype = torch.float32 if wide else x_MK.dtype
+    if isinstance(weight, QuantizedWeight):
+        weight = ReferenceWeight(weight)
     if isinstance(weight, PackedWeight):
         return weight.linear(x_MK, bias_N, out_dtype)
-    if isinstance(weight, QuantizedWeight):
-        return reference.linear_w8a16(x_MK, weight, bias_N, out_dtype)
     if out_dtype != x_MK.dtype:
-        return reference.linear_wide(x_MK, weight, bias_N, out_dtype)
+        return linear_wide(x_MK, weight, bias_N, out_dtype)
     return F.linear(x_MK, weight, bias_N)

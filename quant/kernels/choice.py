@@ -1,0 +1,185 @@
+"""Which kernels work here, whether they are exact, how fast they are, and which one a job takes.
+
+Every path that is offered automatically gives the same bits, so the choice changes nothing but the
+time. `python -m quant.kernels.choice` prints what it finds as JSON; the launcher runs it in a child
+process, where an instruction that the processor lacks harms nobody, and keeps the answer.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quant.activations import row_amax
+from quant.errors import QuantError
+from quant.kernels import Kernel
+from quant.kernels.native import NativeKernel
+from quant.kernels.onednn import OneDnnKernel
+from quant.kernels.reference import ReferenceKernel
+from quant.linear import linear
+from quant.weight import PackedWeight, QuantizedWeight
+
+# In the order in which they are preferred where they are equally fast.
+KERNELS: Mapping[str, Callable[[], Kernel]] = {
+    "native": NativeKernel,
+    "onednn": OneDnnKernel,
+    "reference": ReferenceKernel,
+}
+SCHEMES: Mapping[str, str | None] = {"w8a8": "int8", "w8a16": None}
+# Rows of the products that are timed: one sequence's decode, a batch's, a prompt's.
+ROWS = (1, 8, 128)
+# 16 MiB of int8 each; together more than a last-level cache.
+_SHAPE, _COPIES = (4096, 4096), 3
+_REPEATS: Mapping[int, int] = {1: 12, 8: 9, 128: 3}
+
+
+def open_kernel(name: str) -> Kernel:
+    """The kernel of a name.
+
+    Raises:
+        QuantError: it is not there, or not exact on this processor.
+    """
+    reason = problem(name)
+    if reason:
+        raise QuantError(
+            f"`kernel` is {name}, which does not work here: {reason}; write kernel=reference, or "
+            "leave it out."
+        )
+    return KERNELS[name]()
+
+
+def problem(name: str) -> str | None:
+    """Why a kernel cannot be used on this machine, or None."""
+    try:
+        kernel = KERNELS[name]()
+        return None if is_exact(kernel) else "its int8 sums saturate on this processor"
+    except OSError as error:
+        return str(error)
+    except (RuntimeError, AttributeError, NotImplementedError) as error:
+        return f"this torch does not offer it ({str(error).splitlines()[0][:100]})"
+
+
+def is_exact(kernel: Kernel) -> bool:
+    """Whether the largest products add up right: all 127 (255 unsigned) times all +-127 and -128."""
+    shape = (64, 1024)
+    values = [torch.full(shape, value, dtype=torch.int8) for value in (127, -127, -128)]
+    mixed = torch.arange(shape[0] * shape[1]).remainder(256).sub(128).to(torch.int8).view(shape)
+    signs = torch.ones(2, shape[1])
+    signs[1, ::2] = -1
+    x_MK = torch.cat([signs, -signs, torch.linspace(-1, 1, shape[1])[None]])
+    return all(
+        _is_equal(kernel, QuantizedWeight(value, torch.ones(shape[0], 1), activation_dtype), x_MK)
+        for value in (*values, mixed)
+        for activation_dtype in SCHEMES.values()
+    )
+
+
+def _is_equal(kernel: Kernel, weight: QuantizedWeight, x_MK: Tensor) -> bool:
+    packed, exact = kernel.pack(weight), ReferenceKernel().pack(weight)
+    assert isinstance(packed, PackedWeight)
+    assert isinstance(exact, PackedWeight)
+    amax_M = row_amax(x_MK)
+    return torch.equal(packed.sums(x_MK, amax_M), exact.sums(x_MK, amax_M)) and torch.equal(
+        packed.linear(x_MK, None, torch.float32), exact.linear(x_MK, None, torch.float32)
+    )
+
+
+def survey() -> dict[str, Any]:
+    """What works here and how fast, as JSON values; the times are medians in milliseconds.
+
+    `kernels`: for each name `problem`, `detail` and, where it works and is no fallback, `ms`: by
+    scheme and number of rows. `unquantized`: the same of bfloat16 and float32 weights.
+    """
+    problems = {name: problem(name) for name in KERNELS}
+    timed = [name for name in KERNELS if problems[name] is None and name != "reference"]
+    return {
+        "shape": list(_SHAPE),
+        "threads": torch.get_num_threads(),
+        "kernels": {
+            name: {
+                "problem": problems[name],
+                "detail": _detail(name) if problems[name] is None else "",
+                "ms": _time_schemes(KERNELS[name]()) if name in timed else {},
+            }
+            for name in KERNELS
+        },
+        "unquantized": {
+            str(dtype).removeprefix("torch."): _time_rows(_float_products(dtype), dtype)
+            for dtype in (torch.bfloat16, torch.float32)
+        },
+    }
+
+
+def choose(found: Mapping[str, Any], scheme: str) -> str:
+    """The name of the fastest kernel for a request of 128 prompt tokens and 128 answered ones."""
+
+    def request_ms(name: str) -> float:
+        ms = found["kernels"][name]["ms"].get(scheme, {})
+        return 127 * ms["1"] + ms["128"] if ms else float("inf")
+
+    working = [name for name in KERNELS if found["kernels"][name]["problem"] is None]
+    return min(working, key=request_ms)
+
+
+def slower_than_bfloat16(found: Mapping[str, Any], name: str, scheme: str) -> list[int]:
+    """The numbers of rows at which int8 weights take longer than bfloat16 ones."""
+    ms, wide = found["kernels"][name]["ms"].get(scheme, {}), found["unquantized"]["bfloat16"]
+    return [int(rows) for rows in ms if ms[rows] > wide[rows]]
+
+
+def _detail(name: str) -> str:
+    kernel = KERNELS[name]()
+    return kernel.instruction_set if isinstance(kernel, NativeKernel) else ""
+
+
+def _time_schemes(kernel: Kernel) -> dict[str, dict[str, float]]:
+    """Activations are bfloat16, whose 16 bits are the usual case of W8A16."""
+    times = {}
+    for scheme, activation_dtype in SCHEMES.items():
+        weights = [kernel.pack(_random_weight(activation_dtype)) for _ in range(_COPIES)]
+        times[scheme] = _time_rows(
+            [lambda x_MK, weight=weight: linear(x_MK, weight) for weight in weights],  # type: ignore[misc]
+            torch.bfloat16,
+        )
+    return times
+
+
+def _random_weight(activation_dtype: str | None) -> QuantizedWeight:
+    values_NK = torch.randint(-128, 128, _SHAPE, dtype=torch.int8)
+    return QuantizedWeight(values_NK, torch.ones(_SHAPE[0], 1), activation_dtype)
+
+
+def _float_products(dtype: torch.dtype) -> list[Callable[[Tensor], Tensor]]:
+    weights = [torch.zeros(_SHAPE, dtype=dtype) for _ in range(_COPIES)]
+    return [lambda x_MK, weight=weight: F.linear(x_MK, weight) for weight in weights]  # type: ignore[misc]
+
+
+def _time_rows(
+    products: Sequence[Callable[[Tensor], Tensor]], dtype: torch.dtype
+) -> dict[str, float]:
+    return {str(rows): _median_ms(products, rows, dtype) for rows in ROWS}
+
+
+def _median_ms(
+    products: Sequence[Callable[[Tensor], Tensor]], rows: int, dtype: torch.dtype
+) -> float:
+    """The weights take turns, so that each comes from memory and not from a cache."""
+    x_MK = torch.randn(rows, _SHAPE[1]).to(dtype)
+    products[0](x_MK)
+    times = []
+    for turn in range(_REPEATS[rows]):
+        start = time.perf_counter()
+        products[turn % len(products)](x_MK)
+        times.append(time.perf_counter() - start)
+    return 1e3 * sorted(times)[len(times) // 2]
+
+
+if __name__ == "__main__":
+    json.dump(survey(), sys.stdout)

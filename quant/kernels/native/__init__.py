@@ -1,0 +1,141 @@
+"""Products with int8 weights in C, exact on every processor: int8.c says how.
+
+The library is compiled when the package is installed, where there is a C compiler; without it this
+path is absent and the others do the work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quant.activations import num_levels
+from quant.weight import PackedWeight, QuantizedWeight, ReadyWeight, Weight
+
+BLOCK = 32  # as in int8.c
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int32: 2, torch.int64: 3}
+_POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+
+
+class NativeKernel:
+    """The C path.
+
+    Args:
+        instruction_set: one of `instruction_sets()`; None takes the widest.
+
+    Raises:
+        OSError: the library is not there, or cannot be loaded.
+    """
+
+    name = "native"
+
+    def __init__(self, instruction_set: str | None = None) -> None:
+        known = instruction_sets()
+        self.instruction_set = instruction_set or list(known)[-1]
+        self.set_index = known[self.instruction_set]
+
+    def pack(self, weight: Weight) -> ReadyWeight:
+        return (
+            NativeWeight(weight, self.set_index) if isinstance(weight, QuantizedWeight) else weight
+        )
+
+
+class NativeWeight(PackedWeight):
+    """A weight in blocks of 32 output channels, as int8.c reads them."""
+
+    def __init__(self, weight: QuantizedWeight, set_index: int) -> None:
+        out_features, in_features = weight.shape
+        values_NK = weight.values_NK
+        if values_NK.stride(1) != 1:
+            values_NK = values_NK.contiguous()
+        self._set_index = set_index
+        self._packed = torch.empty(
+            -(-out_features // BLOCK), -(-in_features // 2), BLOCK, 2, dtype=torch.int8
+        )
+        library().shardrun_pack(
+            values_NK.data_ptr(), values_NK.stride(0), *values_NK.shape, self._packed.data_ptr()
+        )
+        self.scale_N = weight.scale_N.float().reshape(-1).contiguous()
+        self.activation_dtype = weight.activation_dtype
+        self.shape = (out_features, in_features)
+        self.nbytes = self._packed.nbytes + self.scale_N.nbytes
+
+    def linear(self, x_MK: Tensor, bias_N: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        kind = out_dtype if out_dtype in _TYPES else torch.float32
+        bias_N = None if bias_N is None else bias_N.float().contiguous()
+        return self._multiply(x_MK, None, bias_N, kind).to(out_dtype)
+
+    def sums(self, x_MK: Tensor, amax_M: Tensor) -> Tensor:
+        kind = torch.int64 if self.activation_dtype is None else torch.int32
+        return self._multiply(x_MK, amax_M, None, kind)
+
+    def _multiply(
+        self, x_MK: Tensor, amax_M: Tensor | None, bias_N: Tensor | None, out_dtype: torch.dtype
+    ) -> Tensor:
+        levels = num_levels(x_MK.dtype, self.activation_dtype)
+        if x_MK.dtype not in _TYPES or x_MK.stride(1) != 1:
+            x_MK = x_MK.contiguous() if x_MK.dtype in _TYPES else x_MK.float()
+        num_rows, in_features = x_MK.shape
+        num_planes = 1 if levels <= torch.iinfo(torch.int16).max else 2
+        work_size = num_rows * (num_planes * 2 * (in_features + in_features % 2) + 4)
+        work = torch.empty(work_size, dtype=torch.uint8)
+        out_MN = torch.empty(num_rows, self.shape[0], dtype=out_dtype)
+        library().shardrun_linear(
+            self._set_index, x_MK.data_ptr(), _TYPES[x_MK.dtype], x_MK.stride(0), _address(amax_M),
+            num_rows, in_features, levels, self._packed.data_ptr(), self.shape[0],
+            self.scale_N.data_ptr(), _address(bias_N), out_MN.data_ptr(), _TYPES[out_dtype],
+            work.data_ptr(),
+        )  # fmt: skip
+        return out_MN
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def instruction_sets() -> dict[str, int]:
+    """Those that were compiled and that this processor has, the widest last."""
+    found = {}
+    for index in range(16):
+        name = library().shardrun_set_name(index)
+        if name is None:
+            break
+        if library().shardrun_set_works(index):
+            found[name.decode()] = index
+    return found
+
+
+def library_path() -> Path | None:
+    """The compiled library, or None where there was no C compiler at installation."""
+    here = Path(__file__).parent
+    names = [here / f"_native{suffix}" for suffix in EXTENSION_SUFFIXES]
+    return next((path for path in names if path.exists()), None)
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The library, its functions declared. torch's OpenMP, which it shares, is loaded by now.
+
+    Raises:
+        OSError: it is not there, or needs what this machine lacks.
+    """
+    path = library_path()
+    if path is None:
+        raise OSError("not compiled: there was no C compiler when shardrun was installed")
+    found = ctypes.CDLL(str(path))
+    found.shardrun_set_name.restype = ctypes.c_char_p
+    found.shardrun_set_name.argtypes = [_INT]
+    found.shardrun_set_works.argtypes = [_INT]
+    found.shardrun_pack.restype = None
+    found.shardrun_pack.argtypes = [_POINTER, _SIZE, _SIZE, _SIZE, _POINTER]
+    found.shardrun_linear.restype = None
+    found.shardrun_linear.argtypes = [
+        _INT, _POINTER, _INT, _SIZE, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER,
+        _POINTER, _POINTER, _INT, _POINTER,
+    ]  # fmt: skip
+    return found

@@ -1,0 +1,353 @@
+/* Products of activations with int8 weights, exact in integers whatever the processor.
+
+   Activations are rows of integers q of at most 16 bits (quant/activations.py says how they come
+   about), perhaps in two planes, x = scale * (RADIX * high + low). Weights are int8, packed so that
+   32 output channels lie side by side:
+
+       packed[N / 32][K / 2][32 channels][2 columns]
+
+   A register holds the pairs of several channels; one instruction multiplies them by a pair of
+   activations and adds both products in int32. So there is no horizontal sum, no saturation, and
+   the weights are read once in one stream. The sums of CHUNK columns fit int32 and are added up in
+   int64: the result is the same integer on every processor, in every order, at every
+   number of threads.
+
+   Compiled without any header of torch's; launcher and tests reach it through ctypes. OpenMP's
+   functions are those of the library that torch has loaded, so both share one pool of threads. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#define BLOCK 32  /* output channels side by side */
+#define ROWS 6    /* most rows of a tile: 12 sums, 2 weights, an activation, a product: 16 registers */
+#define RADIX 254 /* of the planes */
+#define CHUNK 512 /* columns whose sum fits int32: 512 * 32258 * 128 < 2^31; 16 KB of weights */
+#define AHEAD 32  /* pairs of columns (64 bytes of weights each) that one row's product fetches ahead */
+#define PANEL 48  /* rows whose sums a thread holds at a time */
+#define GROUP 4   /* blocks that share the rows in cache */
+#define STREAM 16 /* so few rows stay in cache anyway: blocks go one by one, in one stream */
+
+enum { FLOAT32 = 0, BFLOAT16 = 1, INT32 = 2, INT64 = 3 };
+
+/* ---- one tile for each instruction set ---- */
+
+typedef void (*block_t)(
+    const int8_t *, const int16_t *, int64_t, int64_t, int64_t, int64_t *, const int8_t *);
+
+#define NAME(x) x##_portable
+#define TARGET
+#define LANES 8
+typedef int32_t v8i __attribute__((vector_size(32)));
+typedef struct { v8i even, odd; } pairs_t;
+static inline __attribute__((always_inline)) pairs_t load_pairs(const int8_t *p) {
+    pairs_t w;
+    for (int i = 0; i < 8; i++) w.even[i] = p[2 * i], w.odd[i] = p[2 * i + 1];
+    return w;
+}
+static inline __attribute__((always_inline)) pairs_t repeat_pair(const int16_t *p) {
+    return (pairs_t){(v8i){} + p[0], (v8i){} + p[1]};
+}
+static inline __attribute__((always_inline)) void add_lanes(int64_t *p, v8i sums) {
+    for (int i = 0; i < 8; i++) p[i] += sums[i];
+}
+#define V v8i
+#define W pairs_t
+#define ZERO() ((v8i){})
+#define LOAD_W(p) load_pairs(p)
+#define LOAD_X(p) repeat_pair(p)
+#define DOT(s, w, x) ((s) + (w).even * (x).even + (w).odd * (x).odd)
+#define ADD_TO(p, s) add_lanes(p, s)
+#define KEEP(a, b)
+#include "tile.h"
+
+#ifdef __x86_64__
+
+__attribute__((target("avx2"))) static inline void add_lanes_avx2(int64_t *p, __m256i sums) {
+    __m256i low = _mm256_cvtepi32_epi64(_mm256_castsi256_si128(sums));
+    __m256i high = _mm256_cvtepi32_epi64(_mm256_extracti128_si256(sums, 1));
+    __m256i *q = (__m256i *)p;
+    _mm256_storeu_si256(q, _mm256_add_epi64(_mm256_loadu_si256(q), low));
+    _mm256_storeu_si256(q + 1, _mm256_add_epi64(_mm256_loadu_si256(q + 1), high));
+}
+static inline int32_t load_pair(const int16_t *p) {
+    int32_t pair;
+    memcpy(&pair, p, sizeof pair);
+    return pair;
+}
+#define NAME(x) x##_avx2
+#define TARGET __attribute__((target("avx2")))
+#define LANES 8
+#define V __m256i
+#define W __m256i
+#define ZERO() _mm256_setzero_si256()
+#define LOAD_W(p) _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(p)))
+#define LOAD_X(p) _mm256_set1_epi32(load_pair(p))
+#define DOT(s, w, x) _mm256_add_epi32(s, _mm256_madd_epi16(w, x))
+#define ADD_TO(p, s) add_lanes_avx2(p, s)
+#define KEEP(a, b) __asm__ volatile("" : "+x"(a), "+x"(b)::"memory")
+#include "tile.h"
+
+#define NAME(x) x##_avx512
+#define TARGET __attribute__((target("avx2,avx512f,avx512bw,avx512vl,avx512vnni")))
+TARGET static inline void add_lanes_avx512(int64_t *p, __m512i sums) {
+    add_lanes_avx2(p, _mm512_castsi512_si256(sums));
+    add_lanes_avx2(p + 8, _mm512_extracti64x4_epi64(sums, 1));
+}
+#define LANES 16
+#define V __m512i
+#define W __m512i
+#define ZERO() _mm512_setzero_si512()
+#define LOAD_W(p) _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(p)))
+#define LOAD_X(p) _mm512_set1_epi32(load_pair(p))
+#define DOT(s, w, x) _mm512_dpwssd_epi32(s, w, x)
+#define ADD_TO(p, s) add_lanes_avx512(p, s)
+#define KEEP(a, b) __asm__ volatile("" : "+v"(a), "+v"(b)::"memory")
+#include "tile.h"
+
+#endif
+
+static const struct { const char *name; block_t block; } SETS[] = {
+    {"portable", block_portable},
+#ifdef __x86_64__
+    {"avx2", block_avx2},
+    {"avx512vnni", block_avx512},
+#endif
+};
+#define NUM_SETS ((int)(sizeof SETS / sizeof SETS[0]))
+
+/* The name of instruction set `index`, or NULL past the last; later ones are wider. */
+const char *shardrun_set_name(int index) {
+    return index < NUM_SETS ? SETS[index].name : 0;
+}
+
+/* Whether this processor has it. */
+int shardrun_set_works(int index) {
+#ifdef __x86_64__
+    __builtin_cpu_init();
+    if (index == 1) return !!__builtin_cpu_supports("avx2");
+    if (index == 2)
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+#endif
+    return index == 0;
+}
+
+/* ---- packing ---- */
+
+/* int8 [N, K], rows `stride` apart, into packed[ceil(N / 32)][ceil(K / 2)][32][2], zeros beyond. */
+void shardrun_pack(const int8_t *src, int64_t stride, int64_t N, int64_t K, int8_t *packed) {
+    int64_t num_pairs = (K + 1) / 2, step = 128;
+    for (int64_t n0 = 0; n0 < N; n0 += BLOCK) {
+        uint16_t *block = (uint16_t *)(packed + n0 * 2 * num_pairs);
+        int64_t rows = N - n0 < BLOCK ? N - n0 : BLOCK;
+        if (rows < BLOCK) memset(block, 0, 2 * BLOCK * num_pairs);
+        for (int64_t k0 = 0; k0 < K / 2; k0 += step) { /* so that a piece stays in cache */
+            int64_t stop = k0 + step < K / 2 ? k0 + step : K / 2;
+            for (int64_t n = 0; n < rows; n++) {
+                const int8_t *row = src + (n0 + n) * stride;
+                for (int64_t k = k0; k < stop; k++) memcpy(block + BLOCK * k + n, row + 2 * k, 2);
+            }
+        }
+        if (K % 2)
+            for (int64_t n = 0; n < BLOCK; n++) {
+                int8_t last[2] = {n < rows ? src[(n0 + n) * stride + K - 1] : 0, 0};
+                memcpy(block + BLOCK * (num_pairs - 1) + n, last, 2);
+            }
+    }
+}
+
+/* ---- activations ---- */
+
+static inline float widen(const void *x, int type, int64_t i) {
+    if (type == FLOAT32) return ((const float *)x)[i];
+    uint32_t bits = (uint32_t)((const uint16_t *)x)[i] << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static inline uint16_t to_bfloat16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 64); /* a NaN stays one */
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/* The largest absolute value of a row; a NaN counts as larger than all. */
+#define ROW_FUNCTIONS(SUFFIX, ATTRIBUTE, TYPE)                                                    \
+    ATTRIBUTE static float row_amax_##SUFFIX(const void *x, int64_t K) {                          \
+        int32_t most = 0;                                                                         \
+        for (int64_t k = 0; k < K; k++) {                                                         \
+            float value = widen(x, TYPE, k);                                                      \
+            int32_t bits;                                                                         \
+            memcpy(&bits, &value, sizeof bits);                                                   \
+            bits &= 0x7fffffff;                                                                   \
+            most = bits > most ? bits : most;                                                     \
+        }                                                                                         \
+        float amax;                                                                               \
+        memcpy(&amax, &most, sizeof amax);                                                        \
+        return amax;                                                                              \
+    }                                                                                             \
+    ATTRIBUTE static void row_round_##SUFFIX(                                                     \
+        const void *x, int64_t K, float inverse, int16_t *high, int16_t *low) {                   \
+        const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to integer, ties to even */ \
+        if (!low)                                                                                 \
+            for (int64_t k = 0; k < K; k++)                                                       \
+                high[k] = (int16_t)(int32_t)((widen(x, TYPE, k) * inverse + magic) - magic);      \
+        else                                                                                      \
+            for (int64_t k = 0; k < K; k++) {                                                     \
+                int32_t q = (int32_t)rintf(widen(x, TYPE, k) * inverse);                          \
+                int32_t top = (int32_t)((q * (1.0f / RADIX) + magic) - magic);                   \
+                high[k] = (int16_t)top;                                                           \
+                low[k] = (int16_t)(q - RADIX * top);                                                \
+            }                                                                                     \
+    }
+ROW_FUNCTIONS(f32, , FLOAT32)
+ROW_FUNCTIONS(bf16, , BFLOAT16)
+#ifdef __x86_64__
+#define AVX2 __attribute__((target("avx2")))
+ROW_FUNCTIONS(f32_avx2, AVX2, FLOAT32)
+ROW_FUNCTIONS(bf16_avx2, AVX2, BFLOAT16)
+#endif
+
+typedef struct {
+    float (*amax)(const void *, int64_t);
+    void (*round)(const void *, int64_t, float, int16_t *, int16_t *);
+} row_functions_t;
+
+static row_functions_t row_functions(int set, int type) {
+#ifdef __x86_64__
+    if (set > 0)
+        return type == FLOAT32 ? (row_functions_t){row_amax_f32_avx2, row_round_f32_avx2}
+                               : (row_functions_t){row_amax_bf16_avx2, row_round_bf16_avx2};
+#endif
+    return type == FLOAT32 ? (row_functions_t){row_amax_f32, row_round_f32}
+                           : (row_functions_t){row_amax_bf16, row_round_bf16};
+}
+
+/* One row as integers: scale = amax / levels, q = x / scale rounded. A row that holds an infinity
+   or a NaN gets zeros and a NaN as scale, which makes its whole output one.
+   given: the amax of a longer row that this is a part of, or NULL. */
+static float quantize_row(
+    row_functions_t f, const void *x, int64_t K, float levels, int16_t *high, int16_t *low,
+    const float *given) {
+    float amax = given ? *given : f.amax(x, K);
+    if (!isfinite(amax)) {
+        memset(high, 0, 2 * K);
+        if (low) memset(low, 0, 2 * K);
+        return NAN;
+    }
+    if (amax < 1e-30f) amax = 1e-30f; /* whose inverse is finite */
+    f.round(x, K, levels / amax, high, low);
+    if (K % 2) {
+        high[K] = 0;
+        if (low) low[K] = 0;
+    }
+    return amax / levels;
+}
+
+/* ---- the product ---- */
+
+typedef struct {
+    block_t block;
+    int64_t M, K, N, num_planes, stride; /* stride: int16 between rows of q */
+    const int16_t *q;                    /* [planes][M][stride] */
+    const float *row_scale;              /* [M] */
+    const int8_t *packed;
+    const float *scale, *bias; /* [N]; bias may be NULL */
+    void *out;                 /* [M, N] */
+    int out_type;
+} product_t;
+
+static void store_sums(const product_t *p, int64_t at, int64_t count, const int64_t *sums) {
+    if (p->out_type == INT64) memcpy((int64_t *)p->out + at, sums, count * sizeof *sums);
+    else
+        for (int64_t n = 0; n < count; n++) ((int32_t *)p->out)[at + n] = (int32_t)sums[n];
+}
+
+static void finish(const product_t *p, int64_t m, int64_t n0, int64_t *sums, const int64_t *low) {
+    int64_t count = p->N - n0 < BLOCK ? p->N - n0 : BLOCK, at = m * p->N + n0;
+    float row_scale = p->row_scale[m], values[BLOCK];
+    if (low)
+        for (int64_t n = 0; n < count; n++) sums[n] = RADIX * sums[n] + low[n];
+    if (p->out_type >= INT32) {
+        store_sums(p, at, count, sums);
+        return;
+    }
+    for (int64_t n = 0; n < count; n++) values[n] = (float)sums[n] * row_scale * p->scale[n0 + n];
+    if (p->bias)
+        for (int64_t n = 0; n < count; n++) values[n] += p->bias[n0 + n];
+    if (p->out_type == FLOAT32) memcpy((float *)p->out + at, values, count * sizeof(float));
+    else
+        for (int64_t n = 0; n < count; n++) ((uint16_t *)p->out)[at + n] = to_bfloat16(values[n]);
+}
+
+/* Some blocks of channels times some rows: the rows' pieces stay in cache for all the blocks. */
+static void multiply(const product_t *p, int64_t block0, int64_t num_blocks, int64_t m0, int64_t rows) {
+    int64_t sums[GROUP][2 * PANEL * BLOCK];
+    for (int64_t b = 0; b < num_blocks; b++)
+        memset(sums[b], 0, p->num_planes * rows * BLOCK * sizeof(int64_t));
+    int64_t num_pairs = (p->K + 1) / 2;
+    for (int64_t k = 0; k < num_pairs; k += CHUNK / 2) {
+        int64_t pairs = num_pairs - k < CHUNK / 2 ? num_pairs - k : CHUNK / 2;
+        for (int64_t b = 0; b < num_blocks; b++) {
+            const int8_t *w = p->packed + ((block0 + b) * num_pairs + k) * 2 * BLOCK;
+            const int8_t *next = b + 1 < num_blocks ? w + num_pairs * 2 * BLOCK
+                                                    : w + 2 * BLOCK * (pairs - b * num_pairs);
+            /* The planes of all rows lie behind one another and are multiplied as one. */
+            int64_t at_once = rows == p->M ? p->num_planes : 1;
+            for (int64_t plane = 0; plane < p->num_planes; plane += at_once)
+                p->block(
+                    w, p->q + (plane * p->M + m0) * p->stride + 2 * k, p->stride, at_once * rows,
+                    pairs, sums[b] + plane * rows * BLOCK, next);
+        }
+    }
+    for (int64_t b = 0; b < num_blocks; b++)
+        for (int64_t m = 0; m < rows; m++)
+            finish(
+                p, m0 + m, (block0 + b) * BLOCK, sums[b] + m * BLOCK,
+                p->num_planes == 2 ? sums[b] + (rows + m) * BLOCK : 0);
+}
+
+/* out = x @ W.T * scale + bias.
+
+   set: index of an instruction set that works here. x: [M, K] of x_type (FLOAT32, BFLOAT16), rows
+   x_stride elements apart. amax: NULL, or for each row the largest absolute value of the longer row
+   that it is a part of. levels: the largest |q|; above 32767 it takes two planes. scale: [N].
+   bias: [N] or NULL. out: [M, N] of out_type; INT32 and INT64 take the bare sums.
+   work: room for planes * M * (K rounded up to even) int16 and, behind them, M floats. */
+void shardrun_linear(
+    int set, const void *x, int x_type, int64_t x_stride, const float *amax, int64_t M, int64_t K,
+    int64_t levels, const int8_t *packed, int64_t N, const float *scale, const float *bias,
+    void *out, int out_type, void *work) {
+    int64_t num_planes = levels > 32767 ? 2 : 1, stride = (K + 1) / 2 * 2;
+    int16_t *q = work;
+    float *row_scale = (float *)(q + num_planes * M * stride);
+    product_t p = {SETS[set].block, M, K, N, num_planes, stride, q, row_scale,
+                   packed, scale, bias, out, out_type};
+    row_functions_t f = row_functions(set, x_type);
+    int64_t size = x_type == FLOAT32 ? 4 : 2, num_blocks = (N + BLOCK - 1) / BLOCK;
+    int64_t group = M <= STREAM ? 1 : GROUP, num_groups = (num_blocks + group - 1) / group;
+#pragma omp parallel if (N * K * M > 65536)
+    {
+#pragma omp for schedule(static)
+        for (int64_t m = 0; m < M; m++)
+            row_scale[m] = quantize_row(
+                f, (const char *)x + m * x_stride * size, K, (float)levels, q + m * stride,
+                num_planes == 2 ? q + (M + m) * stride : 0, amax ? amax + m : 0);
+#pragma omp for schedule(static) nowait
+        for (int64_t g = 0; g < num_groups; g++) {
+            int64_t first = g * group;
+            int64_t blocks = num_blocks - first < group ? num_blocks - first : group;
+            for (int64_t m = 0; m < M; m += PANEL)
+                multiply(&p, first, blocks, m, M - m < PANEL ? M - m : PANEL);
+        }
+    }
+}
