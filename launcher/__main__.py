@@ -64,6 +64,10 @@ def _run_task(config: Config, environment: WorkerEnvironment, timeline: Timeline
             with _orderly_end():
                 local_task(config.task.name)(config, environment)
         return 0
+    if environment.is_plain and config.task.name == "bench":
+        from launcher.tasks.bench_sizes import run_sizes
+
+        return run_sizes(config, environment, timeline)
     if environment.is_plain:
         return _start_ranks(config, environment, timeline)
     return _be_rank(config, environment, timeline)

@@ -45,7 +45,7 @@ def _overview() -> str:
 
 def _task_page(name: str) -> str:
     text, sections = TASKS[name]
-    wanted = tuple(f"{section}." for section in sections)
+    wanted = tuple(key if "." in key else f"{key}." for key in sections)
     return (
         f"usage: shardrun {name} [key=value …]\n\n{text}\n\n"
         f"{_keys(lambda key: '.' not in key)}\n\n{_keys(lambda key: key.startswith(wanted))}"

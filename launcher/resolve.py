@@ -19,7 +19,7 @@ from launcher.prompts import DEMO_PROMPTS, make_prompts
 from launcher.schema import Config, GenerationSection, QuantSection
 from launcher.text import open_tokenizer
 from parallel.checkpoint.layout import Layout
-from parallel.checkpoint.open import Checkpoint, open_checkpoint, read_config
+from parallel.checkpoint.open import Checkpoint, open_checkpoint, open_random, read_config
 from quant.scheme import QuantScheme
 
 DEMO = Path(__file__).parent / "demo"
@@ -48,32 +48,50 @@ def resolve(config: Config, environment: WorkerEnvironment) -> Resolved:
     """
     check_names(config.device, config.dtype)
     check_generation(config.generation)
-    path = checkpoint_path(config)
     scheme = config.quant.scheme()
-    checkpoint = open_checkpoint(path, model_overrides(config))
+    checkpoint = open_job(config)
+    path = checkpoint.path
     default = DEMO_TP if path == DEMO else 1
     size, notes = decide_size(environment, config.parallel.tp, checkpoint.prepared_size, default)
-    config = with_tp(replace(config, checkpoint=str(path)), size)
+    is_random = is_shape_alone(config)
+    config = with_tp(config if is_random else replace(config, checkpoint=str(path)), size)
     layout = checkpoint.layout(scheme, vocab_emb_dp=config.parallel.vocab_emb_dp)
     checkpoint.config.check_tp(size)
     if checkpoint.prepared_size is not None:
         config = replace(config, quant=_quant_section(layout))
-    notes += _override_notes(path, model_overrides(config)) + _sampling_note(checkpoint)
+    if not is_random:
+        notes += _override_notes(path, model_overrides(config)) + _sampling_note(checkpoint)
     return Resolved(config, checkpoint, layout, notes)
+
+
+def open_job(config: Config) -> Checkpoint:
+    """The checkpoint of a job: a directory, the demo model, or random weights for bench."""
+    if config.task.name == "bench" and is_shape_alone(config):
+        return open_random(model_overrides(config), config.quant.scheme(), config.seed)
+    return open_checkpoint(checkpoint_path(config), model_overrides(config))
+
+
+def is_shape_alone(config: Config) -> bool:
+    """Whether a model is described, but no checkpoint given."""
+    return config.checkpoint is None and bool(model_overrides(config))
 
 
 def make_job(
     config: Config, environment: WorkerEnvironment, *, reads_prompts: bool = True
 ) -> tuple[Job, tuple[str, ...]]:
-    """The job of a task with prompts, and what to say about it.
+    """The job of a task of ranks, and what to say about it.
 
     Args:
         reads_prompts: False leaves them out, where another rank reads them.
     """
+    if config.task.name == "bench":
+        from launcher.tasks.bench_sizes import make_bench_job
+
+        return make_bench_job(config, environment)
     resolved = resolve(config, environment)
-    _check_effects(config)
+    check_effects(config)
     _check_original(config, resolved.checkpoint)
-    _check_gpus(config, resolved, environment)
+    check_gpus(config, resolved, environment)
     if not reads_prompts:
         return Job(resolved.config, ()), resolved.notes
     tokenizer = open_tokenizer(resolved.checkpoint.path)
@@ -92,7 +110,7 @@ def checkpoint_path(config: Config) -> Path:
     """
     if config.checkpoint is not None:
         return Path(config.checkpoint).absolute()
-    if model_overrides(config):
+    if is_shape_alone(config):
         raise ConfigError("`model` names a shape without weights; give checkpoint=DIRECTORY too.")
     return DEMO
 
@@ -126,11 +144,15 @@ def _check_sampling_is_on(section: GenerationSection) -> None:
             )
 
 
-def _check_effects(config: Config) -> None:
+def check_effects(config: Config) -> None:
     """Refuse what the task would pass over."""
     if config.task.name == "verify" and config.generation.stop:
         raise ConfigError(
             "`generation.stop` has no effect on verify, which compares tokens; drop it."
+        )
+    if config.parallel.simulate_rank is not None and config.task.name != "bench":
+        raise ConfigError(
+            f"`parallel.simulate_rank` is for bench, but the task is {config.task.name}; leave it out."
         )
     if config.output is not None:
         raise ConfigError(
@@ -156,7 +178,7 @@ def _check_original(config: Config, checkpoint: Checkpoint) -> None:
         )
 
 
-def _check_gpus(config: Config, resolved: Resolved, environment: WorkerEnvironment) -> None:
+def check_gpus(config: Config, resolved: Resolved, environment: WorkerEnvironment) -> None:
     """All ranks are on this host when it is we who start them."""
     if config.device != "cuda" or not environment.is_plain:
         return

@@ -35,10 +35,17 @@ class RunDir:
                 f"`run_root` {job.config.run_root} cannot be written ({error.strerror}); "
                 "choose another."
             ) from error
-        run_dir = cls(path)
-        run_dir.config.write_text(job.config_text(), encoding="utf-8")
-        run_dir.prompts.write_text(job.prompts_text(), encoding="utf-8")
-        return run_dir
+        return cls(path)._write(job)
+
+    def part(self, name: str, job: Job) -> RunDir:
+        """A directory inside this one, for one of several jobs that belong together."""
+        (self.path / name).mkdir()
+        return RunDir(self.path / name)._write(job)
+
+    def _write(self, job: Job) -> RunDir:
+        self.config.write_text(job.config_text(), encoding="utf-8")
+        self.prompts.write_text(job.prompts_text(), encoding="utf-8")
+        return self
 
     @property
     def config(self) -> Path:
@@ -51,6 +58,10 @@ class RunDir:
     @property
     def result(self) -> Path:
         return self.path / "result.jsonl"
+
+    @property
+    def plot(self) -> Path:
+        return self.path / "decode.png"
 
     @property
     def report(self) -> Path:

@@ -37,6 +37,10 @@ def _at_least(least: int) -> Rule:
 _SECONDS = Rule(lambda value: 0.1 <= value <= 2e6, "0.1 to 2e6 seconds")
 
 
+_SIZES = Rule(lambda sizes: sizes and min(sizes) >= 1, "a list of sizes of at least 1")
+_ABOVE_ZERO = Rule(lambda value: 0 < value < math.inf, "a number above 0")
+
+
 def _key(default: Any, text: str, rule: Rule | None = None) -> Any:
     """A field with its help and what its value must obey; mutable defaults are copied."""
     metadata = {"help": text, "rule": rule}
@@ -49,7 +53,7 @@ def _key(default: Any, text: str, rule: Rule | None = None) -> Any:
 class TaskSection:
     """Which task runs."""
 
-    name: str = _key("generate", "generate, prepare, plan, verify or env")
+    name: str = _key("generate", "generate, prepare, plan, verify, bench or env")
 
 
 @dataclass
@@ -120,6 +124,9 @@ class ParallelSection:
         _at_least(1),
     )
     pin: bool = _key(True, "bind each rank to its share of the host's cores")
+    simulate_rank: int | None = _key(
+        None, "bench: run this rank of parallel.tp alone, and estimate the whole job", _at_least(0)
+    )
     collectives: str = _key(
         "auto",
         "how ranks on CPUs exchange: auto, shared_memory or gloo; auto: memory inside a host",
@@ -171,7 +178,7 @@ class PlanSection:
     tp: list[int] | None = _key(
         None,
         "tensor-parallel sizes to compare; null: all valid ones to 16",
-        Rule(lambda sizes: sizes and min(sizes) >= 1, "a list of sizes of at least 1"),
+        _SIZES,
     )
     batch_size: int = _key(1, "sequences in the KV cache", _at_least(1))
     max_length: int | None = _key(
@@ -180,7 +187,7 @@ class PlanSection:
     bandwidth_gb_s: float | None = _key(
         None,
         "read bandwidth of one rank's memory in GB/s; null: measured here and shared",
-        Rule(lambda value: 0 < value < math.inf, "a number above 0"),
+        _ABOVE_ZERO,
     )
     json: bool = _key(False, "print JSON instead of tables")
 
@@ -198,6 +205,28 @@ class VerifySection:
 
 
 @dataclass
+class BenchSection:
+    """What `bench` measures: each batch size with each prompt length, at each size of `tp`."""
+
+    tp: list[int] | None = _key(
+        None, "tensor-parallel sizes, one after the other; null: parallel.tp", _SIZES
+    )
+    batch_sizes: list[int] = _key([1, 8], "sequences that run at once", _SIZES)
+    prompt_lengths: list[int] = _key([128], "tokens of each prompt", _SIZES)
+    new_tokens: int = _key(32, "decode steps that are timed, after each prefill", _at_least(1))
+    repeats: int = _key(5, "runs of each case; medians are reported", _at_least(1))
+    warmup: int = _key(1, "runs of each case before, not counted", _at_least(0))
+    collective_latency_us: float | None = _key(
+        None, "simulate_rank: what each collective costs, in microseconds; null: 30", _ABOVE_ZERO
+    )
+    collective_gb_s: float | None = _key(
+        None, "simulate_rank: how fast a rank sends and receives, in GB/s; null: 5", _ABOVE_ZERO
+    )
+    plot: bool = _key(True, "draw decode.png, where matplotlib is installed")
+    profile: bool = _key(False, "one more decode of the first case under torch's profiler")
+
+
+@dataclass
 class Config:
     """Every key of the command line."""
 
@@ -208,6 +237,7 @@ class Config:
     generation: GenerationSection = field(default_factory=GenerationSection)
     plan: PlanSection = field(default_factory=PlanSection)
     verify: VerifySection = field(default_factory=VerifySection)
+    bench: BenchSection = field(default_factory=BenchSection)
     checkpoint: str | None = _key(
         None, "directory of the checkpoint; null: the embedded demo model"
     )
@@ -218,6 +248,7 @@ class Config:
     prompt: str | None = _key(None, "one prompt, taken as it is typed")
     prompts: list[str] | None = _key(None, "several prompts, a Hydra list: ['one','two']")
     prompts_file: str | None = _key(None, "a text file, one prompt a line; or .jsonl; - is stdin")
+    seed: int = _key(0, "of random weights and prompts (sampling has generation.seed)")
     run_root: str = _key("outputs", "where run directories are made")
 
 

@@ -16,7 +16,7 @@ LAYERS = {
     "parallel": {"parallel", "quant", "torch", "safetensors"},
     "launcher": {
         "launcher", "parallel", "quant", "torch", "hydra", "omegaconf", "yaml", "tqdm",
-        "sentencepiece", "tokenizers",
+        "sentencepiece", "tokenizers", "matplotlib",
     },
     "conf": set(),
 }  # fmt: skip
@@ -32,6 +32,7 @@ DOORS = {
     "signal": ("launcher/",),
     "subprocess": ("launcher/",),
     "multiprocessing": ("launcher/workers.py",),
+    "matplotlib": ("launcher/tasks/bench_plot.py",),
 }  # fmt: skip
 SOURCES = [path for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from launcher.rank import Rank
     from launcher.schema import Config
 
-# What each does, as `shardrun --help` says it, and the sections of keys it reads.
+# What each does, as `shardrun --help` says it, and what it reads: sections, and keys of others.
 TASKS = {
     "generate": (
         "prompts -> text, on one rank or several",
@@ -31,11 +31,22 @@ TASKS = {
         "single against parallel, quantized against original",
         ("verify", "generation", "quant", "parallel", "model"),
     ),
+    "bench": (
+        "tokens a second, bytes a second, communication and memory, of a checkpoint or a shape",
+        ("bench", "quant", "parallel", "model", "generation.prefill_chunk"),
+    ),
     "env": ("what this process sees: launcher, rank, devices", ("parallel",)),
 }
-RANK_TASKS = ("generate", "verify")
-_SECTIONS = {section for _, sections in TASKS.values() for section in sections}
-_PROMPTS = ("prompt", "prompts", "prompts_file")
+RANK_TASKS = ("generate", "verify", "bench")
+_SECTIONS = {key.partition(".")[0] for _, keys in TASKS.values() for key in keys}
+# Keys that only these tasks read, of sections that others read as well.
+_READERS = {
+    "prompt": ("generate", "verify"),
+    "prompts": ("generate", "verify"),
+    "prompts_file": ("generate", "verify"),
+    "parallel.simulate_rank": ("bench",),
+    "seed": ("bench",),
+}
 
 
 def check_effects(words: list[str], task: str) -> None:
@@ -43,8 +54,8 @@ def check_effects(words: list[str], task: str) -> None:
     for word in words:
         key = word.partition("=")[0]
         section = key.partition(".")[0]
-        is_passed_over = section in _SECTIONS and section not in TASKS[task][1]
-        if is_passed_over or (key in _PROMPTS and task not in RANK_TASKS):
+        is_passed_over = section in _SECTIONS and not {section, key} & set(TASKS[task][1])
+        if is_passed_over or task not in _READERS.get(key, TASKS):
             raise ConfigError(f"`{key}` has no effect on {task}; drop it.")
 
 

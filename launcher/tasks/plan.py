@@ -19,6 +19,7 @@ from launcher.environment import WorkerEnvironment, decide_size
 from launcher.failures import ConfigError
 from launcher.resolve import DEMO, DEMO_TP, check_generation, model_overrides
 from launcher.schema import Config
+from launcher.table import print_table
 from parallel.checkpoint.layout import Layout, StoredTensor, make_layout
 from parallel.checkpoint.open import describe_layout
 from parallel.checkpoint.plan import RankPlan, Workload, plan_rank, unsupported_reason
@@ -118,7 +119,7 @@ def _print_placements(layout: Layout, tp: int) -> None:
                 f"{_largest_bytes(rows, tp) / 1e6:,.1f}",
             )
         )
-    _print_table(table)
+    print_table(table)
 
 
 def _largest_bytes(rows: list[list[StoredTensor]], tp: int) -> int:
@@ -160,7 +161,7 @@ def _print_sizes(
         disk = sum(layout.rank_bytes(rank, tp) for rank in range(tp))
         rows.append((str(tp), *map(_gb, (*_columns(plan), disk)), speed))
     print()
-    _print_table(rows)
+    print_table(rows)
     print(f"\ndecode: bytes read a token over {bandwidth:.1f} GB/s ({measured}); no communication")
     print("\n".join([*reasons, f"valid tp sizes: {_join(layout.config.valid_tp_sizes())}"]))
 
@@ -215,14 +216,6 @@ def _patterns(layout: Layout) -> list[tuple[str, list[list[StoredTensor]]]]:
         kinds = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
         groups.setdefault((_LAYER.sub(".*.", name), kinds), []).append(tensors)
     return [(name.removeprefix("model."), rows) for (name, _), rows in groups.items()]
-
-
-def _print_table(rows: list[tuple[str, ...]]) -> None:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        )
 
 
 def _shape(shape: Iterable[int]) -> str:

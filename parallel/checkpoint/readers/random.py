@@ -87,8 +87,12 @@ class RandomSource:
 @cache
 def _place(seed: int, name: str) -> int:
     """Where in the block a tensor's first row begins."""
+    return _hash(seed, name) % _PERIOD
+
+
+def _hash(seed: int, name: str) -> int:
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") % _PERIOD
+    return int.from_bytes(digest[:8], "little") >> 1
 
 
 @cache
@@ -96,7 +100,7 @@ def _block(seed: int, is_floating: bool) -> Tensor:
     """The block twice over, so that a window may run past its end: int8, or float32 of deviation 1."""
     import torch
 
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(_hash(seed, "block"))
     if is_floating:
         values = torch.rand(_PERIOD, generator=generator).sub_(0.5).mul_(math.sqrt(12))
     else:

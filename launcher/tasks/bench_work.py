@@ -1,0 +1,122 @@
+"""What a case must read and compute, counted from the shapes. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from launcher.schema import Config
+from parallel.checkpoint.layout import Layout
+from parallel.checkpoint.source import DTYPE_BYTES
+from parallel.model.config import ModelConfig
+from parallel.model.placements import EMBEDDING, HEAD
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of a bench.
+
+    Attributes:
+        chunk: most tokens of one prefill step.
+    """
+
+    batch_size: int
+    prompt_length: int
+    new_tokens: int
+    chunk: int
+
+    @property
+    def length(self) -> int:
+        """Positions of a sequence in the cache."""
+        return self.prompt_length + self.new_tokens
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one phase, over the ranks that are measured.
+
+    Attributes:
+        tokens: that go in (prefill) or come out (decode), of all sequences.
+        num_bytes: weights once a step, and in decode the keys and values of every position seen.
+        operations: two for each multiplication of a product or of attention.
+    """
+
+    tokens: int
+    num_bytes: int
+    operations: int
+
+
+def cases(config: Config) -> Iterator[Case]:
+    """Every batch size with every prompt length."""
+    section = config.bench
+    for batch_size in section.batch_sizes:
+        for length in section.prompt_lengths:
+            yield Case(batch_size, length, section.new_tokens, config.generation.prefill_chunk)
+
+
+def num_steps(phase: str, case: Case) -> int:
+    """Steps of a prefill or a decode."""
+    if phase == "decode":
+        return case.new_tokens
+    return -(-case.batch_size * case.prompt_length // case.chunk)
+
+
+def prefill_work(layout: Layout, case: Case, ranks: Iterable[int], tp: int, dtype: str) -> Work:
+    """The work of `ranks`; attention is causal, and only last positions get logits."""
+    ranks = tuple(ranks)
+    tokens = case.batch_size * case.prompt_length
+    contexts = case.batch_size * case.prompt_length * (case.prompt_length + 1) // 2
+    return Work(
+        tokens,
+        num_steps("prefill", case) * sum(read_bytes(layout, rank, tp, dtype) for rank in ranks),
+        _operations(layout, ranks, tp, tokens, case.batch_size, contexts),
+    )
+
+
+def decode_work(layout: Layout, case: Case, ranks: Iterable[int], tp: int, dtype: str) -> Work:
+    """The work of `ranks` in all decode steps of a case."""
+    ranks = tuple(ranks)
+    tokens = case.batch_size * case.new_tokens
+    contexts = case.batch_size * sum(range(case.prompt_length + 1, case.length + 1))
+    weights = sum(read_bytes(layout, rank, tp, dtype) for rank in ranks)
+    cached = sum(_kv_width(layout.config, tp) for _ in ranks) * contexts * DTYPE_BYTES[dtype]
+    return Work(
+        tokens,
+        case.new_tokens * weights + cached,
+        _operations(layout, ranks, tp, tokens, tokens, contexts),
+    )
+
+
+def read_bytes(layout: Layout, rank: int, tp: int, dtype: str) -> int:
+    """Bytes of weights that one step reads: all but the embedding, of which it takes single rows."""
+    embedding = sum(
+        item.num_bytes(rank, tp, dtype) for item in layout.tensors if item.row.name == EMBEDDING
+    )
+    # A tied embedding is read whole, as lm_head, each rank its part.
+    whole = math.prod(layout.table[EMBEDDING].shape) * DTYPE_BYTES[dtype]
+    head = 0 if HEAD in layout.table else whole // tp
+    return layout.rank_bytes(rank, tp, dtype) - embedding + head
+
+
+def _kv_width(config: ModelConfig, tp: int) -> int:
+    """Numbers of one position in a rank's KV cache, of all layers."""
+    heads = max(1, config.num_key_value_heads // tp)
+    return 2 * config.num_hidden_layers * heads * config.head_dim
+
+
+def _operations(
+    layout: Layout, ranks: tuple[int, ...], tp: int, tokens: int, logits: int, contexts: int
+) -> int:
+    """Args: tokens that pass the layers, positions with logits, positions seen by all queries."""
+    config = layout.config
+    heads = config.num_attention_heads // tp * len(ranks)
+    attention = 4 * config.num_hidden_layers * heads * config.head_dim * contexts
+    linears = sum(
+        math.prod(cut.stop - cut.start for cut in row.index(rank, tp))
+        for rank in ranks
+        for row in layout.table.values()
+        if row.is_linear and row.name != HEAD
+    )
+    head = config.vocab_size * config.hidden_size * len(ranks) // tp
+    return 2 * linears * tokens + 2 * head * logits + attention
