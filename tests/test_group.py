@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -149,6 +151,36 @@ def test_simulated_group_has_the_shapes_of_a_larger_job():
     assert len(group.all_gather(x)) == 8
     assert group.reduce_scatter(x).shape == (2,)
     assert group.counts["all_reduce"] == 1
+
+
+def test_simulated_group_adds_up_what_collectives_would_cost():
+    def cost_s(name, num_bytes):
+        return 1.0 if name == "gather" else 1e-3 * num_bytes
+
+    group = SimulatedGroup(0, 4, cost_s)
+    for _ in range(2):
+        group.all_reduce(torch.ones(16))
+    group.gather(torch.ones(1))
+    assert group.seconds == {"all_reduce": pytest.approx(2 * 0.064), "gather": 1.0}
+
+
+def test_seconds_in_collectives_are_counted_by_name():
+    def work(group):
+        if group.rank == 0:
+            time.sleep(0.05)
+        group.all_reduce(torch.ones(3))
+        return group
+
+    late, early = ThreadGroup.run(2, work)
+    assert set(late.seconds) == {"all_reduce"}
+    assert early.seconds["all_reduce"] > 0.02
+
+
+def test_sums_of_16_bits_are_rounded_once():
+    def work(group):
+        return group.all_reduce(torch.tensor([256.0, 1.0, 1.0, 1.0])[group.rank].bfloat16())
+
+    assert [total.item() for total in ThreadGroup.run(4, work)] == [260.0] * 4
 
 
 def test_lone_group_changes_nothing():

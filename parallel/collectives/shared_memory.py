@@ -12,7 +12,8 @@ for itself, so they give the same bits, on every rank and in every run.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from ctypes import memmove
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -24,14 +25,22 @@ from parallel.collectives.signals import AbsentError, Patience, Signals
 from parallel.group import ProcessGroup, reduce_into
 
 _PAGE_BYTES = 4096
-# A rank's slot: this many bytes, less where many ranks would make the segment large.
-_LARGEST_SLOT_BYTES = 1 << 19
-_ALL_SLOTS_BYTES = 1 << 22
+# A rank's slot: large, as every turn waits for the slowest; less where ranks are many.
+_LARGEST_SLOT_BYTES = 1 << 21
+_ALL_SLOTS_BYTES = 1 << 23
 _ALL_MAIL_BYTES = 1 << 17
-# From here on dividing the sum among the ranks saves more than the second turn costs; measured
+# Above this, dividing the sum among the ranks saves more than two more turns cost; measured
 # with scripts/bench_collectives.py --switch.
-ONE_SHOT_BYTES = 1 << 16
+ONE_SHOT_BYTES = 1 << 17
+# A part is whole cache lines: two ranks do not write into one.
 _PART_UNIT = 64
+# torch adds up so many numbers on the thread that asks. Its other threads would cost more than they
+# save, and far more where cores are shared: they meet at a barrier after each operation.
+_ONE_THREAD_LENGTH = 1 << 15
+
+
+# Where a sum goes, and what is added up, in rank order.
+_Part = tuple[Tensor, Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -70,23 +79,6 @@ class SegmentLayout:
         return slice(start, start + self.mail_bytes)
 
 
-@dataclass(frozen=True)
-class _Views:
-    """One half of the slots, as tensors of the dtype and length of what is reduced.
-
-    Attributes:
-        slots: one a rank.
-        my_parts: this rank's part of each slot, which it adds up for all.
-        my_sum: where it writes the result.
-        sums: the results of all.
-    """
-
-    slots: list[Tensor]
-    my_parts: list[Tensor]
-    my_sum: Tensor
-    sums: Tensor
-
-
 class SharedMemoryGroup(ProcessGroup):
     """The ranks of one host, or those of one host of a larger job.
 
@@ -123,18 +115,19 @@ class SharedMemoryGroup(ProcessGroup):
         self._mail: Counter[int] = Counter()  # pieces sent and received, by signal
         self._turn = 0
         self._all_reached = 0  # a turn that all ranks are known to have reached
-        self._views = lru_cache(maxsize=256)(self._make_views)
-        self._slot = lru_cache(maxsize=256)(self._make_slot)
+        self._slots = lru_cache(maxsize=256)(self._make_slots)
+        self._parts = lru_cache(maxsize=256)(self._make_parts)
         with torch.inference_mode(False):
             self._bytes = torch.frombuffer(segment.memory, dtype=torch.uint8)
+        self._address = self._bytes.data_ptr()
+        self._my_slots = [self._slot_address(half, rank) for half in (0, 1)]
 
     def _all_reduce(self, x: Tensor, op: str) -> Tensor:
         x = x.contiguous()
-        flat = x.view(-1)
-        if flat.nbytes <= ONE_SHOT_BYTES:
-            self._reduce_at_once(flat, op)
+        if x.nbytes <= ONE_SHOT_BYTES and x.numel() <= _ONE_THREAD_LENGTH:
+            self._reduce_at_once(x, op)
         else:
-            self._reduce_in_parts(flat, op)
+            self._reduce_in_parts(x.view(-1), op)
         return x
 
     def _all_gather(self, x: Tensor) -> list[Tensor]:
@@ -167,32 +160,32 @@ class SharedMemoryGroup(ProcessGroup):
     def _send(self, x: Tensor, destination: int) -> None:
         sent = self._signals.sent_cell(self.rank, destination)
         received = [self._signals.received_cell(self.rank, destination)]
-        box = self._bytes[self._layout.mail(self.rank, destination)]
-        for piece in _bytes_of(x.contiguous()).split(box.numel()):
+        box = self._address + self._layout.mail(self.rank, destination).start
+        x = x.contiguous()
+        for start, num_bytes in _pieces(x.nbytes, self._layout.mail_bytes):
             self._signals.wait_for(received, self._mail[sent])
-            box[: piece.numel()].copy_(piece)
+            memmove(box, x.data_ptr() + start, num_bytes)
             self._mail[sent] += 1
             self._signals.raise_to(sent, self._mail[sent])
 
     def _recv(self, x: Tensor, source: int) -> Tensor:
         sent = [self._signals.sent_cell(source, self.rank)]
         received = self._signals.received_cell(source, self.rank)
-        box = self._bytes[self._layout.mail(source, self.rank)]
-        whole = x.contiguous()
-        for piece in _bytes_of(whole).split(box.numel()):
+        box = self._address + self._layout.mail(source, self.rank).start
+        found = x.contiguous()
+        for start, num_bytes in _pieces(x.nbytes, self._layout.mail_bytes):
             self._mail[received] += 1
             self._signals.wait_for(sent, self._mail[received])
-            piece.copy_(box[: piece.numel()])
+            memmove(found.data_ptr() + start, box, num_bytes)
             self._signals.raise_to(received, self._mail[received])
-        return x if whole is x else x.copy_(whole)
+        return x if found is x else x.copy_(found)
 
     def _reduce_at_once(self, x: Tensor, op: str) -> None:
         """One turn: every rank adds up everything."""
         half = self._start_turn()
-        slots = self._views(half, x.dtype, x.numel()).slots
-        slots[self.rank].copy_(x)
+        memmove(self._my_slots[half], x.data_ptr(), x.nbytes)
         self._meet()
-        reduce_into(x, slots, op)
+        reduce_into(x, self._slots(half, x.dtype, x.shape), op)
 
     def _reduce_in_parts(self, x: Tensor, op: str) -> None:
         """A turn a piece and two more: every rank adds up its part of each piece."""
@@ -200,7 +193,7 @@ class SharedMemoryGroup(ProcessGroup):
         for step in range(len(pieces) + 2):
             if step >= 2:
                 done = pieces[step - 2]
-                done.copy_(self._views((self._turn - 1) % 2, x.dtype, done.numel()).sums)
+                memmove(done.data_ptr(), self._sums_address((self._turn - 1) % 2), done.nbytes)
             if step <= len(pieces):
                 self._start_turn()
                 self._work_on(pieces, step, op)
@@ -210,11 +203,11 @@ class SharedMemoryGroup(ProcessGroup):
         """What this rank writes in a turn: its slot of one piece, its sum of the one before."""
         if step < len(pieces):
             piece = pieces[step]
-            self._views(self._turn % 2, piece.dtype, piece.numel()).slots[self.rank].copy_(piece)
+            memmove(self._my_slots[self._turn % 2], piece.data_ptr(), piece.nbytes)
         if step >= 1:
             piece = pieces[step - 1]
-            views = self._views((self._turn - 1) % 2, piece.dtype, piece.numel())
-            reduce_into(views.my_sum, views.my_parts, op)
+            for total, parts in self._parts((self._turn - 1) % 2, piece.dtype, piece.numel()):
+                reduce_into(total, parts, op)
 
     def _move(self, mine: Tensor | None, theirs: dict[int, Tensor]) -> None:
         """Lay down this rank's bytes, if others want them, and pick up those of others.
@@ -222,19 +215,17 @@ class SharedMemoryGroup(ProcessGroup):
         Args:
             theirs: contiguous tensors to fill, by the rank whose bytes they take.
         """
-        source = None if mine is None else _bytes_of(mine.contiguous())
-        sinks = {rank: _bytes_of(tensor) for rank, tensor in theirs.items()}
-        cells = [self._signals.turn_cell(rank) for rank in sinks]
-        num_bytes = next(item for item in (source, *sinks.values()) if item is not None).numel()
-        for start in range(0, num_bytes, self._layout.slot_bytes):
-            piece = slice(start, min(start + self._layout.slot_bytes, num_bytes))
-            half = self._start_turn(writes=source is not None)
-            if source is not None:
-                self._slot(half, self.rank, piece.stop - start).copy_(source[piece])
+        mine = None if mine is None else mine.contiguous()
+        cells = [self._signals.turn_cell(rank) for rank in theirs]
+        total = next(item for item in (mine, *theirs.values()) if item is not None).nbytes
+        for start, num_bytes in _pieces(total, self._layout.slot_bytes):
+            half = self._start_turn(writes=mine is not None)
+            if mine is not None:
+                memmove(self._my_slots[half], mine.data_ptr() + start, num_bytes)
             self._signals.raise_to(self._my_cell, self._turn)
             self._signals.wait_for(cells, self._turn)
-            for rank, sink in sinks.items():
-                sink[piece].copy_(self._slot(half, rank, piece.stop - start))
+            for rank, sink in theirs.items():
+                memmove(sink.data_ptr() + start, self._slot_address(half, rank), num_bytes)
 
     def _start_turn(self, writes: bool = True) -> int:
         """Which half of the slots this turn is for; whoever writes waits until it is read."""
@@ -252,23 +243,33 @@ class SharedMemoryGroup(ProcessGroup):
     def _empty_parts(self, x: Tensor) -> list[Tensor]:
         return [torch.empty(x.shape, dtype=x.dtype) for _ in range(self.size)]
 
+    def _slot_address(self, half: int, rank: int) -> int:
+        return self._address + self._layout.slot(half, rank).start
+
+    def _sums_address(self, half: int) -> int:
+        return self._address + self._layout.sums(half).start
+
     # Views are made outside of inference mode: those made inside could not be written outside.
     @torch.inference_mode(False)
-    def _make_slot(self, half: int, rank: int, num_bytes: int) -> Tensor:
-        return self._bytes[self._layout.slot(half, rank)][:num_bytes]
+    def _make_slots(self, half: int, dtype: torch.dtype, shape: torch.Size) -> list[Tensor]:
+        """What the ranks have laid down in one half, as tensors."""
+        places = (self._layout.slot(half, rank) for rank in range(self.size))
+        return [self._bytes[place].view(dtype)[: shape.numel()].view(shape) for place in places]
 
     @torch.inference_mode(False)
-    def _make_views(self, half: int, dtype: torch.dtype, length: int) -> _Views:
-        def view(place: slice) -> Tensor:
-            return self._bytes[place].view(dtype)[:length]
-
-        slots = [view(self._layout.slot(half, rank)) for rank in range(self.size)]
-        sums = view(self._layout.sums(half))
-        # Whole cache lines: two ranks do not write into one.
+    def _make_parts(self, half: int, dtype: torch.dtype, length: int) -> list[_Part]:
+        """This rank's part of a piece, cut into what one thread of torch adds up."""
         share = -(-length // (self.size * _PART_UNIT)) * _PART_UNIT
-        mine = slice(share * self.rank, share * (self.rank + 1))
-        return _Views(slots, [slot[mine] for slot in slots], sums[mine], sums)
+        first, last = (min(share * rank, length) for rank in (self.rank, self.rank + 1))
+        places = [self._layout.slot(half, rank) for rank in range(self.size)]
+        sums, *slots = (
+            self._bytes[place].view(dtype)[first:last].split(_ONE_THREAD_LENGTH)
+            for place in (self._layout.sums(half), *places)
+        )
+        return list(zip(sums, zip(*slots, strict=True), strict=True))
 
 
-def _bytes_of(x: Tensor) -> Tensor:
-    return x.view(-1).view(torch.uint8)
+def _pieces(num_bytes: int, most: int) -> Iterator[tuple[int, int]]:
+    """Start and length of each piece of so many bytes."""
+    for start in range(0, num_bytes, most):
+        yield start, min(most, num_bytes - start)
