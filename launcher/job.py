@@ -69,8 +69,8 @@ def first_difference(mine: Config, other: Config) -> str | None:
     """`key is A here and B on rank 0`, or None where both are equal."""
     for section, value in mine.__dict__.items():
         theirs = getattr(other, section)
-        if value == theirs:
-            continue
+        if value == theirs or (section == "kernel" and value == "auto"):
+            continue  # rank 0 chooses the kernel
         if not hasattr(value, "__dict__"):
             return f"{section} is {value!r} here and {theirs!r} on rank 0"
         for key, inner in value.__dict__.items():

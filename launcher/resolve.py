@@ -15,6 +15,7 @@ from launcher.environment import WorkerEnvironment, decide_size
 from launcher.failures import ConfigError
 from launcher.gpus import count_gpus
 from launcher.job import Job, with_tp
+from launcher.kernels import check_kernel, choose_kernel
 from launcher.prompts import DEMO_PROMPTS, make_prompts
 from launcher.schema import Config, GenerationSection, QuantSection
 from launcher.text import open_tokenizer
@@ -47,6 +48,7 @@ def resolve(config: Config, environment: WorkerEnvironment) -> Resolved:
         ConfigError, LaunchError, CheckpointError, ModelError, QuantError: one sentence each.
     """
     check_names(config.device, config.dtype)
+    check_kernel(config)
     check_generation(config.generation)
     scheme = config.quant.scheme()
     checkpoint = open_job(config)
@@ -99,7 +101,9 @@ def make_job(
     context = resolved.checkpoint.config.max_position_embeddings
     prompts = make_prompts(config, tokenizer, context, default)
     _check_token_ids(prompts, resolved.checkpoint)
-    return Job(resolved.config, prompts), resolved.notes
+    # Last: the first time on a machine it takes seconds, which a refusal should not.
+    config, notes = choose_kernel(resolved.config, resolved.layout.scheme.label)
+    return Job(config, prompts), resolved.notes + notes
 
 
 def checkpoint_path(config: Config) -> Path:

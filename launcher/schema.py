@@ -245,6 +245,11 @@ class Config:
     config: str | None = _key(None, "YAML file of these keys, or a MindFormers predict YAML")
     device: str = _key("auto", "auto, cpu or cuda")
     dtype: str = _key("auto", "auto, float32, float16 or bfloat16")
+    kernel: str = _key(
+        "auto",
+        "products with int8 weights: auto, native, onednn or reference; all give the same bits, auto "
+        "takes the fastest here",
+    )
     prompt: str | None = _key(None, "one prompt, taken as it is typed")
     prompts: list[str] | None = _key(None, "several prompts, a Hydra list: ['one','two']")
     prompts_file: str | None = _key(None, "a text file, one prompt a line; or .jsonl; - is stdin")

@@ -66,8 +66,10 @@ class QuantScheme:
 
     @property
     def label(self) -> str:
-        """The field's short name of the scheme: `w8a16`, or `none`."""
-        return {None: "none", "int8": "w8a16"}[self.weight_dtype]
+        """The field's short name of the scheme: `w8a16`, `w8a8`, or `none`."""
+        if self.weight_dtype is None:
+            return "none"
+        return "w8a8" if self.activation_dtype == "int8" else "w8a16"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON and YAML values; `from_dict` of the result is equal to this scheme."""
@@ -166,6 +168,7 @@ def _check_types(scheme: QuantScheme) -> None:
 _NEEDS: Mapping[str, str] = {
     "modules_to_not_convert": "quant_method",
     "algorithm_args": "quant_method",
+    "activation_dtype": "weight_dtype",
     "act_quant_granularity": "activation_dtype",
     "kvcache_quant_granularity": "kvcache_dtype",
 }
@@ -203,7 +206,8 @@ def _check_method(scheme: QuantScheme) -> None:
 _SUPPORTED: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("quant_method", (None, "rtn")),
     ("weight_dtype", (None, "int8")),
-    ("activation_dtype", (None,)),
+    ("activation_dtype", (None, "int8")),
+    ("act_quant_granularity", ("per_token",)),
     ("kvcache_dtype", (None,)),
     ("outliers_suppression", (None,)),
     ("precision_recovery", (None,)),
@@ -220,5 +224,6 @@ def _check_supported(scheme: QuantScheme) -> None:
         if value not in values:
             raise QuantError(
                 f"`quant.{name}` = {value!r} cannot be run by this version, which quantizes weights "
-                "to int8 per channel (quant=rtn_a16w8); nothing is left out silently, so it stops here."
+                "to int8 per channel (quant=rtn_a16w8), and activations per token (rtn_a8w8); nothing "
+                "is left out silently, so it stops here."
             )

@@ -21,7 +21,7 @@ from quant.activations import (
 )
 from quant.errors import QuantError
 from quant.kernels import choice, native
-from quant.kernels.choice import KERNELS, choose, is_exact, open_kernel, problem
+from quant.kernels.choice import KERNELS, is_exact, open_kernel, problem
 from quant.kernels.onednn import OneDnnKernel, digit_radix, digits
 from quant.kernels.reference import ReferenceKernel
 from quant.linear import linear
@@ -128,25 +128,6 @@ def test_choice_is_right_whatever_onednn_may_use(isa):
     assert problems["reference"] is None
     if isa != "DEFAULT" and platform.machine() == "x86_64":
         assert "saturate" in problems["onednn"]
-
-
-def test_choice_takes_the_fastest_that_works():
-    def entry(decode_ms, prefill_ms, problem=None):
-        ms = {"w8a8": {"1": decode_ms, "8": 1.0, "128": prefill_ms}}
-        return {"problem": problem, "detail": "", "ms": ms}
-
-    found = {
-        "kernels": {
-            "native": entry(1.0, 50.0),
-            "onednn": entry(0.5, 20.0, "saturates"),
-            "reference": {"problem": None, "detail": "", "ms": {}},
-        },
-        "unquantized": {"bfloat16": {"1": 2.0, "8": 2.0, "128": 40.0}},
-    }
-    assert choose(found, "w8a8") == "native"
-    found["kernels"]["onednn"]["problem"] = None
-    assert choose(found, "w8a8") == "onednn"
-    assert choice.slower_than_bfloat16(found, "native", "w8a8") == [128]
 
 
 @pytest.mark.parametrize("levels", [127, 127 * RADIX, 127 * RADIX**2])

@@ -25,6 +25,7 @@ from parallel.generation.sampling import Sampling
 from parallel.group import Group
 from parallel.load import LoadTimings, load_decoder
 from parallel.model.decoder import Decoder
+from quant.kernels.choice import open_kernel
 from quant.scheme import QuantScheme
 
 
@@ -82,6 +83,7 @@ def open_decoder(
             dtype,
             rank.device,
             max_length=cache_length(rank.job.prompts),
+            kernel=open_kernel(config.kernel),
             on_bytes=bar.update,
         )
 

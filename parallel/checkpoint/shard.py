@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from parallel.checkpoint.layout import SCALE_SUFFIX, Layout
@@ -26,7 +28,9 @@ def read_weight(layout: Layout, source: Source, row: Row, index: Index) -> Weigh
         return source.read(source_name(source, row), index)
     if is_quantized(source, row):
         scale_N = source.read(row.name + SCALE_SUFFIX, (index[0], slice(0, 1)))
-        return QuantizedWeight(source.read(row.name, index), scale_N)
+        return QuantizedWeight(
+            source.read(row.name, index), scale_N, layout.scheme.activation_dtype
+        )
     return _quantize(layout, source, row, index)
 
 
@@ -57,4 +61,4 @@ def _quantize(layout: Layout, source: Source, row: Row, index: Index) -> Quantiz
             f"{source.path}: {name} cannot be quantized, {error}; name its module in "
             "quant.modules_to_not_convert, or download it again."
         ) from error
-    return QuantizedWeight(full.values_NK[:, index[1]].contiguous(), full.scale_N)
+    return replace(full, values_NK=full.values_NK[:, index[1]].contiguous())

@@ -21,4 +21,4 @@ def round_to_nearest(weight_NK: Tensor, scheme: QuantScheme) -> QuantizedWeight:
     """
     assert scheme.weight_dtype == "int8", scheme
     values_NK, scale_N = quantize_per_channel(weight_NK)
-    return QuantizedWeight(values_NK, scale_N)
+    return QuantizedWeight(values_NK, scale_N, scheme.activation_dtype)

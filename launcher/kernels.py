@@ -1,0 +1,200 @@
+"""The kernel of a job: chosen once, from what was measured on this machine, and the same on all ranks.
+
+The survey (quant/kernels/choice.py) runs in a child process, once for a processor and versions, and
+is kept among the user's caches. Importing this module does not import torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from launcher.failures import ConfigError
+from launcher.gpus import count_gpus
+from launcher.schema import Config
+from launcher.topology import allowed_cpus
+
+AUTO = "auto"
+NAMES = (AUTO, "native", "onednn", "reference")
+_SURVEY_TIMEOUT_S = 120
+# What changes which instructions the libraries use.
+_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+
+
+def check_kernel(config: Config) -> None:
+    """Raises ConfigError for a name that is none of ours."""
+    if config.kernel not in NAMES:
+        raise ConfigError(f"`kernel` must be one of {', '.join(NAMES)}, but is {config.kernel!r}.")
+
+
+def choose_kernel(config: Config, scheme: str) -> tuple[Config, tuple[str, ...]]:
+    """The configuration with its kernel filled in, and what the user should know.
+
+    Args:
+        scheme: the label of what runs, such as w8a16; `none` needs no kernel.
+
+    Raises:
+        ConfigError: the kernel that is asked for does not work here, or would have no effect.
+    """
+    if scheme == "none":
+        if config.kernel != AUTO:
+            raise ConfigError(
+                f"`kernel` is {config.kernel}, which has no effect on weights that are not "
+                "quantized; leave it out, or write quant=rtn_a16w8."
+            )
+        return config, ()
+    if config.device == "cuda" or (config.device == AUTO and count_gpus()):
+        return _chosen_for_gpus(config), ()
+    found = survey()
+    _check_works(config.kernel, found)
+    if config.kernel == AUTO:
+        config = replace(config, kernel=fastest(found, scheme))
+    return config, _notes(config.kernel, found, scheme)
+
+
+def survey() -> dict[str, Any]:
+    """What works here and how fast: from the cache, or measured now in a child process.
+
+    Raises:
+        ConfigError: the child process failed; leads with its last words.
+    """
+    path = cache_path()
+    kept = _read(path)
+    if kept is not None:
+        return kept
+    found = _measure()
+    _keep(path, found)
+    return found
+
+
+def fastest(found: Mapping[str, Any], scheme: str) -> str:
+    """The kernel with the least time for a request of 128 prompt tokens and 128 answered ones."""
+
+    def request_ms(name: str) -> float:
+        ms = found["kernels"][name]["ms"].get(scheme, {})
+        return 127 * ms["1"] + ms["128"] if ms else float("inf")
+
+    working = [name for name in found["kernels"] if found["kernels"][name]["problem"] is None]
+    return min(working, key=request_ms)
+
+
+def slower_than_bfloat16(found: Mapping[str, Any], name: str, scheme: str) -> list[int]:
+    """The numbers of rows at which int8 weights take longer than bfloat16 ones."""
+    ms, wide = found["kernels"][name]["ms"].get(scheme, {}), found["unquantized"]["bfloat16"]
+    return [int(rows) for rows in ms if ms[rows] > wide[rows]]
+
+
+def cache_path() -> Path:
+    """Where the survey of this processor, these cores and these versions is kept."""
+    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    key = hashlib.sha256(repr(_identity()).encode()).hexdigest()[:16]
+    return Path(root).expanduser() / "shardrun" / f"kernels-{key}.json"
+
+
+def _identity() -> list[Any]:
+    """All that the answer depends on."""
+    native = Path(__file__).parents[1] / "quant" / "kernels" / "native"
+    sources = sorted([*native.glob("*.so"), *native.glob("*.py"), native.parent / "choice.py"])
+    return [
+        _num_cores(),
+        platform.machine(),
+        _processor(),
+        version("torch"),
+        version("shardrun"),
+        [os.environ.get(name) for name in _VARIABLES],
+        [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in sources],
+    ]
+
+
+def _num_cores() -> int:
+    return len(allowed_cpus())
+
+
+def _processor() -> list[str]:
+    """The model and the instruction sets of the first core."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").partition("\n\n")[0].splitlines()
+    except OSError:
+        return [platform.processor()]
+    wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part")
+    return [line for line in lines if line.startswith(wanted)]
+
+
+def _measure() -> dict[str, Any]:
+    command = [sys.executable, "-m", "quant.kernels.choice"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(_num_cores())}
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=_SURVEY_TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(_failed(f"it took longer than {_SURVEY_TIMEOUT_S} s")) from error
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
+        raise ConfigError(_failed(last))
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def _failed(reason: str) -> str:
+    return f"`kernel` is auto, but measuring the kernels failed ({reason}); write kernel=reference."
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """What was kept, or None if there is nothing usable."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if set(NAMES[1:]) == set(found["kernels"]) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _keep(path: Path, found: dict[str, Any]) -> None:
+    """Write it at once or not at all; a home that cannot be written costs the next run a second."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(found, file)
+        os.replace(file.name, path)
+    except OSError:
+        return
+
+
+def _chosen_for_gpus(config: Config) -> Config:
+    if config.kernel not in (AUTO, "reference"):
+        raise ConfigError(
+            f"`kernel` is {config.kernel}, which runs on CPUs only; leave it out, or write "
+            "device=cpu."
+        )
+    return replace(config, kernel="reference")
+
+
+def _check_works(name: str, found: Mapping[str, Any]) -> None:
+    reason = None if name == AUTO else found["kernels"][name]["problem"]
+    if reason:
+        raise ConfigError(
+            f"`kernel` is {name}, which does not work here: {reason}; leave it out for the fastest "
+            "that does."
+        )
+
+
+def _notes(name: str, found: Mapping[str, Any], scheme: str) -> tuple[str, ...]:
+    """int8 that is slower than bfloat16 is said, or its user would not expect it."""
+    rows = slower_than_bfloat16(found, name, scheme)
+    if name == "reference":
+        why = found["kernels"]["native"]["problem"]
+        return (f"int8 products take the slow reference path (native: {why})",) if why else ()
+    if not rows:
+        return ()
+    listed = ", ".join(map(str, rows))
+    return (f"{scheme} is slower than bfloat16 weights here for {listed} rows at once",)

@@ -1,0 +1,122 @@
+"""The launcher's choice of a kernel: measured once, kept, and recorded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from launcher import kernels
+from launcher.config import compose
+from launcher.failures import ConfigError
+from launcher.job import first_difference
+from launcher.kernels import choose_kernel, fastest, slower_than_bfloat16
+from quant.kernels import choice
+
+
+def entry(decode_ms, prefill_ms, problem=None):
+    ms = {"1": decode_ms, "8": 1.0, "128": prefill_ms}
+    return {"problem": problem, "detail": "", "ms": {} if problem else {"w8a8": ms, "w8a16": ms}}
+
+
+def survey(native=None, onednn="its int8 sums saturate on this processor"):
+    return {
+        "kernels": {
+            "native": entry(1.0, 50.0, native),
+            "onednn": entry(0.5, 20.0, onednn),
+            "reference": {"problem": None, "detail": "", "ms": {}},
+        },
+        "unquantized": {"bfloat16": {"1": 2.0, "8": 2.0, "128": 40.0}},
+    }
+
+
+@pytest.fixture
+def found(monkeypatch, request):
+    monkeypatch.setattr(kernels, "count_gpus", lambda: 0)
+    monkeypatch.setattr(kernels, "survey", lambda: survey(**getattr(request, "param", {})))
+
+
+def config(**values):
+    return replace(compose(["prompt=x"]), **values)
+
+
+def test_names_are_those_of_the_kernels():
+    assert ("auto", *choice.KERNELS) == kernels.NAMES
+
+
+def test_fastest_of_those_that_work_is_taken():
+    assert fastest(survey(), "w8a8") == "native"
+    assert fastest(survey(onednn=None), "w8a8") == "onednn"
+    assert fastest(survey(native="not compiled"), "w8a8") == "reference"
+
+
+@pytest.mark.usefixtures("found")
+def test_choice_is_recorded_and_slowness_is_said():
+    chosen, notes = choose_kernel(config(), "w8a16")
+    assert chosen.kernel == "native"
+    assert notes == ("w8a16 is slower than bfloat16 weights here for 128 rows at once",)
+    assert slower_than_bfloat16(survey(), "native", "w8a16") == [128]
+
+
+@pytest.mark.parametrize("found", [{"native": "not compiled: no C compiler"}], indirect=True)
+@pytest.mark.usefixtures("found")
+def test_fallback_is_said_with_its_reason():
+    chosen, notes = choose_kernel(config(), "w8a8")
+    assert chosen.kernel == "reference"
+    assert "no C compiler" in notes[0]
+
+
+@pytest.mark.usefixtures("found")
+@pytest.mark.parametrize(
+    ("values", "scheme", "words"),
+    [
+        ({"kernel": "onednn"}, "w8a8", "saturate"),
+        ({"kernel": "native"}, "none", "no effect"),
+        ({"kernel": "native", "device": "cuda"}, "w8a8", "CPUs only"),
+    ],
+)
+def test_kernel_that_cannot_be_is_refused(values, scheme, words):
+    with pytest.raises(ConfigError, match=words):
+        choose_kernel(config(**values), scheme)
+
+
+def test_misspelled_kernel_is_refused():
+    with pytest.raises(ConfigError, match="must be one of auto, native"):
+        kernels.check_kernel(config(kernel="fast"))
+
+
+@pytest.mark.usefixtures("found")
+def test_gpus_take_the_path_of_torch():
+    assert choose_kernel(config(device="cuda"), "w8a16")[0].kernel == "reference"
+
+
+def test_other_ranks_leave_the_choice_to_rank_0():
+    assert first_difference(config(), config(kernel="native")) is None
+    assert first_difference(config(kernel="onednn"), config(kernel="native")) is not None
+
+
+def test_survey_is_measured_once(monkeypatch, tmp_path):
+    measured = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernels, "_measure", lambda: measured.append(1) or survey())
+    assert kernels.survey() == kernels.survey() == survey()
+    assert len(measured) == 1
+    kernels.cache_path().write_text("{ cut off")
+    assert kernels.survey() == survey()
+    assert len(measured) == 2
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")  # other instructions, another answer
+    kernels.survey()
+    assert len(measured) == 3
+
+
+def test_home_that_cannot_be_written_costs_only_time(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(kernels, "_measure", survey)
+    assert kernels.survey() == survey()
+
+
+def test_failed_survey_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(kernels.sys, "executable", "/bin/false")
+    with pytest.raises(ConfigError, match="write kernel=reference"):
+        kernels._measure()
