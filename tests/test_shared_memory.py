@@ -9,7 +9,8 @@ import random
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
@@ -18,12 +19,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from launcher.collectives import open_group
+from launcher.failures import ConfigError
+from launcher.rendezvous import Member
+from launcher.schema import ParallelSection
+from launcher.watch import Watch
 from parallel.collectives.network import TorchGroup
 from parallel.collectives.segment import Segment, SegmentError
 from parallel.collectives.shared_memory import ONE_SHOT_BYTES, SegmentLayout, SharedMemoryGroup
 from parallel.collectives.two_level import TwoLevelGroup
 from parallel.errors import PeerError
 from parallel.group import Group, reduce_into
+from tests.test_rendezvous import join_all, worker
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.test_shared_memory"])
@@ -143,8 +150,8 @@ def test_reductions_are_the_bits_of_one_process(size):
         assert started.results() == [None] * size
 
 
-def move_everything(group: Group) -> None:
-    for length in LENGTHS:
+def move_everything(group: Group, lengths: Sequence[int]) -> None:
+    for length in lengths:
         whole = [values(rank, length, torch.float32) for rank in range(group.size)]
         mine = whole[group.rank]
         assert all(map(torch.equal, group.all_gather(mine), whole))
@@ -176,8 +183,8 @@ def pass_on(group: Group) -> None:
             group.send(values(group.rank, length, torch.int64), after)
 
 
-def move_and_pass_on(group: Group) -> None:
-    move_everything(group)
+def move_and_pass_on(group: Group, lengths: Sequence[int] = LENGTHS) -> None:
+    move_everything(group, lengths)
     pass_on(group)
 
 
@@ -298,8 +305,9 @@ def be_rank_of_hosts(rank: int, port: int, paths: list[str], pipe: Connection) -
     between = TorchGroup(members=members) if rank in (0, 2) else None
     group = TwoLevelGroup(HOSTS, inside, between, TorchGroup())
     try:
-        move_and_pass_on(group)
-        pipe.send([group.all_reduce(values(rank, 5000, dtype)) for dtype in DTYPES])
+        move_and_pass_on(group, LENGTHS[:5])
+        sums = [group.all_reduce(values(rank, 5000, dtype)) for dtype in DTYPES]
+        pipe.send([total.double().tolist() for total in sums])  # a tensor would need its sender
     except AssertionError as error:
         pipe.send(error)
     dist.destroy_process_group()
@@ -321,9 +329,70 @@ def test_two_levels_equal_one():
         process.join()
     for sums in results:
         assert isinstance(sums, list), sums
-        assert all(map(torch.equal, sums, results[0]))
+        assert sums == results[0]
         for dtype, total in zip(DTYPES, sums, strict=True):
-            expected = expected_reduction(len(HOSTS), 5000, dtype, "sum")
+            expected = expected_reduction(len(HOSTS), 5000, dtype, "sum").double()
             # Floats are added in another order: first inside the hosts, then between them.
             rtol = 2e-2 if dtype.itemsize == 2 else 1e-4
-            torch.testing.assert_close(total, expected, rtol=rtol, atol=1e-5)
+            torch.testing.assert_close(torch.tensor(total).double(), expected, rtol=rtol, atol=1e-5)
+
+
+def opened(
+    section: ParallelSection, machines: Sequence[str] | None = None
+) -> list[Group | Exception]:
+    """What `open_group` gives two ranks that are threads of this process."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    members = join_all([worker(store, 2, rank) for rank in (0, 1)])
+    for member in members if machines else ():
+        for place, machine in zip(member.places, machines or (), strict=True):
+            place["machine"] = machine
+
+    def attempt(member: Member) -> Group | Exception:
+        try:
+            return open_group(member, torch.device("cpu"), section, Watch(member, print))
+        except (ConfigError, PeerError) as error:
+            return error
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(attempt, members))
+
+
+def test_ranks_of_one_host_share_memory_without_a_network():
+    first, second = opened(ParallelSection())
+    with ThreadPoolExecutor(1) as pool:
+        total = pool.submit(first.all_reduce, torch.ones(3))
+        assert second.all_reduce(torch.ones(3)).tolist() == [2.0] * 3
+        assert total.result().tolist() == [2.0] * 3
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("machines", "is_ordered", "reason"),
+    [
+        (("n1", "n2"), True, "the ranks are on 2 hosts; write auto or gloo."),
+        (None, False, "the stores of this processor"),
+    ],
+)
+def test_shared_memory_that_cannot_be_is_refused(monkeypatch, machines, is_ordered, reason):
+    monkeypatch.setattr("launcher.collectives.is_ordered_processor", lambda: is_ordered)
+    for error in opened(ParallelSection(collectives="shared_memory"), machines):
+        assert isinstance(error, ConfigError)
+        assert reason in str(error)
+
+
+def test_memory_that_one_rank_cannot_have_is_known_to_all(monkeypatch):
+    monkeypatch.setattr(Segment, "attach", lambda path, num_bytes: refuse_segment())
+    for error in opened(ParallelSection(collectives="shared_memory")):
+        assert str(error) == "`parallel.collectives` is shared_memory, but rank 1: no memory."
+
+
+def refuse_segment() -> Segment:
+    raise SegmentError("no memory")
+
+
+def test_gloo_is_for_cpus_only():
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    member = join_all([worker(store, 2, rank) for rank in (0, 1)])[0]
+    section = ParallelSection(collectives="gloo")
+    with pytest.raises(ConfigError, match="GPUs exchange over NCCL"):
+        open_group(member, torch.device("cuda"), section, Watch(member, print))
