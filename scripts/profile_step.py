@@ -1,0 +1,316 @@
+"""Where the milliseconds of a step go, as a table in Markdown: decode of one token, and prefill.
+
+    python scripts/profile_step.py --model llama2_13b --layers 8 --dtype bfloat16 --scheme w8a16
+
+Random weights of a shape in conf/model/, one process. Every part of the step is stamped, and each
+row has the time that is its own, without the parts inside it; so the rows add up to the whole. The
+same steps are run without stamps in between: what the stamps cost is the row "stamps, noise".
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import statistics
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import parallel.generation.decode as decode
+import parallel.layers as layers
+import parallel.model.decoder as model
+from launcher.bandwidth import measure_bandwidth_gb_s
+from parallel.checkpoint.open import open_random
+from parallel.generation.cache import KVCache
+from parallel.generation.sampling import Sampling
+from parallel.group import Group, LoneGroup, SimulatedGroup
+from parallel.load import LoadTimings, load_decoder
+from quant.kernels.choice import KERNELS, open_kernel
+from quant.scheme import QuantScheme
+from quant.weight import ReadyWeight
+
+CONF = Path(__file__).parents[1] / "conf" / "model"
+SCHEMES = {
+    "none": QuantScheme(),
+    "w8a16": QuantScheme(quant_method="rtn", weight_dtype="int8"),
+}
+
+
+@dataclass
+class Stopwatch:
+    """Self time of nested calls, step by step.
+
+    Attributes:
+        steps: for each phase, what each of its steps took: kind -> seconds inside it and in none
+            of the kinds inside it.
+        calls: how often each kind was entered, in all steps of a phase.
+    """
+
+    steps: dict[str, list[Counter[str]]] = field(default_factory=lambda: defaultdict(list))
+    calls: Counter[tuple[str, str]] = field(default_factory=Counter)
+    _entered: list[str] = field(default_factory=list)
+    _self_s: Counter[str] = field(default_factory=Counter)
+    _inside: list[float] = field(default_factory=list)
+
+    def timed(self, kind: str | Callable[..., str], function: Callable[..., Any]) -> Any:
+        """`function` with stamps; `kind` may depend on its arguments."""
+
+        @functools.wraps(function)
+        def stamped(*arguments: Any, **named: Any) -> Any:
+            start = time.perf_counter()
+            self._inside.append(0.0)
+            try:
+                return function(*arguments, **named)
+            finally:
+                spent = time.perf_counter() - start
+                name = kind if isinstance(kind, str) else kind(*arguments, **named)
+                self._self_s[name] += spent - self._inside.pop()
+                self._entered.append(name)
+                if self._inside:
+                    self._inside[-1] += spent
+
+        return stamped
+
+    def phased(self, phase: str, generator: Callable[..., Iterator[Any]]) -> Any:
+        """An outermost generator, one step a call: its work is done while it is read, here at once."""
+        drain = self.timed("generation loop", list)
+
+        def entered(*arguments: Any) -> Iterator[Any]:
+            self._self_s, self._entered = Counter(), []
+            ended = drain(generator(*arguments))
+            self.steps[phase].append(self._self_s)
+            self.calls.update((phase, kind) for kind in self._entered)
+            return iter(ended)
+
+        return entered
+
+    def rows(self, phase: str, read_bytes: Mapping[str, int]) -> list[Row]:
+        """The median step's kinds, the longest first."""
+        steps = self.steps[phase]
+        rows = [
+            Row(
+                kind,
+                self.calls[phase, kind] / len(steps),
+                statistics.median(step[kind] for step in steps),
+                read_bytes.get(kind, 0),
+            )
+            for kind in steps[0]
+        ]
+        return sorted(rows, key=lambda row: -row.seconds)
+
+    def median_s(self, phase: str) -> float:
+        return statistics.median(step.total() for step in self.steps[phase])
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of work in a step of a phase.
+
+    Attributes:
+        num_bytes: weights, or keys and values, that it must read a step; 0 where that is nothing.
+    """
+
+    kind: str
+    calls: float
+    seconds: float
+    num_bytes: int = 0
+
+
+def products(decoder: model.Decoder) -> Iterator[tuple[str, ReadyWeight]]:
+    """Every product of a step and its weight."""
+    for layer in decoder.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        yield from (("qkv product", item.local_weight) for item in attention.qkv_proj.linears)
+        yield "o_proj product", attention.o_proj.local_weight
+        yield from (("gate-up product", item.local_weight) for item in mlp.gate_up_proj.linears)
+        yield "down product", mlp.down_proj.local_weight
+    yield "lm_head product", decoder.lm_head.local_weight
+
+
+@contextmanager
+def stamps(watch: Stopwatch, decoder: model.Decoder, *, parts: bool) -> Iterator[None]:
+    """Stamp the steps, and their parts if asked, for as long as the context lasts."""
+    kinds = {id(weight): name for name, weight in products(decoder)}
+
+    def product(_x: object, weight: ReadyWeight, *_rest: object, **_named: object) -> str:
+        return kinds[id(weight)]
+
+    group = type(decoder.group)
+    targets: list[tuple[Any, str, str | Callable[..., str]]] = [
+        (layers, "linear", product),
+        (model, "rotate", "rotary"),
+        (KVCache, "write", "cache write"),
+        (model.Attention, "_decode", "attention"),
+        (model.Attention, "_prefill", "attention"),
+        (model.Attention, "__call__", "views of q, k, v"),
+        (model.MLP, "__call__", "silu(gate) * up"),
+        (model.RMSNorm, "__call__", "norms"),
+        (model.DecoderLayer, "__call__", "residual sums"),
+        (layers.VocabParallelEmbedding, "__call__", "embedding"),
+        (layers.VocabParallelHead, "__call__", "logits to float32"),
+        (layers.RowParallelLinear, "__call__", "rounding of sums"),
+        (layers.ColumnParallelLinears, "__call__", "views of q, k, v"),
+        (group, "all_reduce", "all-reduce"),
+        (group, "gather", "gather of logits"),
+        (group, "broadcast", "broadcast of tokens"),
+        (model.Decoder, "__call__", "masks, angles, selection"),
+        (decode, "next_token", "sampling"),
+        (decode.GenerationLoop, "_decode_step", "tensors of the step"),
+        (decode.GenerationLoop, "_prefill_step", "tensors of the step"),
+    ]
+    targets = targets if parts else []
+    phases = [("_admit", "prefill"), ("_decode", "decode")]
+    undo = [(owner, name, getattr(owner, name)) for owner, name, _ in targets]
+    undo += [
+        (decode.GenerationLoop, name, getattr(decode.GenerationLoop, name)) for name, _ in phases
+    ]
+    for owner, name, kind in targets:
+        setattr(owner, name, watch.timed(kind, getattr(owner, name)))
+    for name, phase in phases:
+        whole = getattr(decode.GenerationLoop, name)
+        setattr(decode.GenerationLoop, name, watch.phased(phase, whole))
+    try:
+        yield
+    finally:
+        for owner, name, function in undo:
+            setattr(owner, name, function)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was asked for."""
+
+    model: str
+    layers: int
+    dtype: str
+    scheme: str
+    kernel: str
+    tp: int
+    threads: int
+    prompt: int
+    tokens: int
+    batch: int
+    repeats: int
+
+
+def parse() -> Run:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--model", default="llama2_13b", help="a shape of conf/model/")
+    add("--layers", type=int, default=8)
+    add("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    add("--scheme", default="w8a16", choices=sorted(SCHEMES))
+    add("--kernel", default="native", choices=sorted(KERNELS))
+    add("--tp", type=int, default=1, help="above 1: one rank of so many, without the others")
+    add("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    add("--prompt", type=int, default=128, help="tokens of each prompt")
+    add("--tokens", type=int, default=8, help="tokens to decode")
+    add("--batch", type=int, default=1, help="sequences")
+    add("--repeats", type=int, default=3)
+    return Run(**vars(parser.parse_args()))
+
+
+def open_model(run: Run) -> tuple[model.Decoder, LoadTimings]:
+    values = yaml.safe_load((CONF / f"{run.model}.yaml").read_text())
+    values |= {"num_hidden_layers": run.layers, "torch_dtype": run.dtype}
+    scheme = SCHEMES[run.scheme]
+    checkpoint = open_random(values, scheme, seed=0)
+    group: Group = LoneGroup() if run.tp == 1 else SimulatedGroup(0, run.tp)
+    return load_decoder(
+        checkpoint.layout(scheme),
+        checkpoint.source,
+        group,
+        getattr(torch, run.dtype),
+        torch.device("cpu"),
+        max_length=run.prompt + run.tokens,
+        kernel=open_kernel(run.kernel),
+        num_threads=run.threads,
+    )
+
+
+def generate(run: Run, decoder: model.Decoder, cache: KVCache) -> None:
+    """Prefill and decode once, greedily."""
+    loop = decode.GenerationLoop(decoder, cache, Sampling(), prefill_chunk=run.batch * run.prompt)
+    ids = [tuple(range(3 + index, 3 + index + run.prompt)) for index in range(run.batch)]
+    requests = [decode.Request(index, prompt, run.tokens) for index, prompt in enumerate(ids)]
+    for _ in loop.run(requests):
+        pass
+
+
+def measure(run: Run, decoder: model.Decoder) -> tuple[Stopwatch, Stopwatch]:
+    """With stamps on the parts and without, in turn; the first of each is not counted."""
+    cache = decoder.new_cache(run.batch, run.prompt + run.tokens)
+    stamped, plain = Stopwatch(), Stopwatch()
+    for repeat in range(run.repeats + 1):
+        for watch, parts in ((stamped, True), (plain, False)):
+            with stamps(watch if repeat else Stopwatch(), decoder, parts=parts):
+                generate(run, decoder, cache)
+    return stamped, plain
+
+
+def print_table(title: str, rows: list[Row]) -> None:
+    total = sum(row.seconds for row in rows)
+    print(f"\n### {title}: {1000 * total:.1f} ms\n")
+    print("| what | calls | ms | share | reads | GB/s |")
+    print("|---|---:|---:|---:|---:|---:|")
+    for row in rows:
+        calls = f"{row.calls:.0f}" if row.calls else ""
+        share = f"{100 * row.seconds / total:.1f} %"
+        reads = f"{row.num_bytes / 1e6:.0f} MB" if row.num_bytes else ""
+        rate = f"{row.num_bytes / row.seconds / 1e9:.1f}" if row.num_bytes else ""
+        print(f"| {row.kind} | {calls} | {1000 * row.seconds:.2f} | {share} | {reads} | {rate} |")
+
+
+def step_bytes(run: Run, decoder: model.Decoder, positions: float) -> Counter[str]:
+    """Bytes of weights, and of keys and values at a mean of `positions`, that a step must read."""
+    found: Counter[str] = Counter()
+    for name, weight in products(decoder):
+        found[name] += weight.nbytes
+    entry = 2 * decoder.num_local_kv_heads * decoder.config.head_dim * decoder.dtype.itemsize
+    found["attention"] = int(run.batch * positions * entry * run.layers)
+    return found
+
+
+def print_phase(
+    title: str, phase: str, watches: tuple[Stopwatch, Stopwatch], read_bytes: Mapping[str, int]
+) -> None:
+    stamped, plain = watches
+    rows = stamped.rows(phase, read_bytes)
+    rest = plain.median_s(phase) - sum(row.seconds for row in rows)
+    print_table(title, [*rows, Row("stamps, noise", 0, rest)])
+
+
+def main() -> None:
+    run = parse()
+    torch.set_num_threads(run.threads)
+    decoder, loaded = open_model(run)
+    watches = measure(run, decoder)
+    bandwidth = measure_bandwidth_gb_s()
+    read_bytes = step_bytes(run, decoder, run.prompt + (run.tokens + 1) / 2)
+    floor_ms = 1000 * read_bytes.total() / bandwidth / 1e9
+    print(f"Measured with `python scripts/profile_step.py {arguments(run)}`")
+    print(
+        f"and torch {torch.__version__}; medians of steps, weights {loaded.weight_bytes / 1e9:.2f} GB."
+    )
+    print(
+        f"What a decode step must read, {read_bytes.total() / 1e9:.2f} GB, takes {floor_ms:.1f} ms"
+    )
+    print(f"at the {bandwidth:.1f} GB/s that a sum over 256 MiB reached beside it.")
+    print_phase(f"Decode, {run.batch} tokens", "decode", watches, read_bytes)
+    print_phase(f"Prefill, {run.batch} x {run.prompt} tokens", "prefill", watches, {})
+
+
+def arguments(run: Run) -> str:
+    return " ".join(f"--{name} {value}" for name, value in vars(run).items())
+
+
+if __name__ == "__main__":
+    main()
