@@ -8,6 +8,7 @@ inside srun's tasks. Contradictions are refused with every value that was seen.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,6 +91,11 @@ class WorkerEnvironment:
     @property
     def is_plain(self) -> bool:
         return self.launcher == "plain"
+
+    @property
+    def announcement(self) -> Path:
+        """The file in which rank 0 leaves its port for the others, where nobody names a store."""
+        return Path(tempfile.gettempdir()) / f"shardrun-{os.getuid()}-{self.job}.json"
 
 
 def seen_variables(environ: Mapping[str, str]) -> dict[str, str]:

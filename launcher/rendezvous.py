@@ -1,7 +1,7 @@
 """How the ranks of a job meet: a store, a rank for each, and a deadline that names who is missing.
 
-The store is a TCPStore. Its host is torchrun's agent, the agent of our own start, MindSpore's
-scheduler process, or rank 0 (Slurm, MPI). There is no constant port: rank 0 takes a free one and
+The store is a TCPStore. Its host is torchrun's agent, MindSpore's scheduler process, or rank 0
+(our own start, Slurm, MPI). There is no constant port: rank 0 takes a free one and
 leaves it in a file that only this job's ranks look for.
 """
 
@@ -11,7 +11,6 @@ import json
 import os
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -270,12 +269,11 @@ def _announcement(environment: WorkerEnvironment) -> Iterator[Path | None]:
     if environment.store is not None:
         yield None
         return
-    path = Path(tempfile.gettempdir()) / f"shardrun-{os.getuid()}-{environment.job}.json"
     try:
-        yield path
+        yield environment.announcement
     finally:
         if environment.rank == 0:
-            path.unlink(missing_ok=True)
+            environment.announcement.unlink(missing_ok=True)
 
 
 def _announced_store(path: Path, is_host: bool, deadline: Deadline) -> dist.Store:

@@ -34,8 +34,9 @@ class Timeline:
         return timeline
 
     def mark(self, stage: str, at: float | None = None) -> None:
-        """A stage ends, now or at a given time."""
-        self.ends.append((stage, time.time() if at is None else at))
+        """A stage ends, now or at a given time; not before it began."""
+        begin = self.ends[-1][1] if self.ends else self.started_at
+        self.ends.append((stage, max(begin, time.time() if at is None else at)))
 
     def durations(self) -> dict[str, float]:
         """Seconds of each stage to 0.1 ms, as `STAGE_s`."""

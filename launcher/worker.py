@@ -21,7 +21,7 @@ import torch.distributed as dist
 from launcher.collectives import open_group
 from launcher.cores import Taken, read_wishes, take_seat
 from launcher.device import resolve_device
-from launcher.environment import WorkerEnvironment, detect
+from launcher.environment import WorkerEnvironment
 from launcher.failures import (
     EXIT_FAILED,
     EXIT_USER,
@@ -47,6 +47,8 @@ from launcher.watch import StuckRankError, Watch
 from parallel.errors import PeerError
 
 _AFTER_THE_CAUSE_S = 0.5
+# In ranks that we start: when their forkserver had imported torch.
+_IMPORTED_AT = time.time()
 # What a rank does with its error before it leaves; returns its exit status.
 Recorder = Callable[[BaseException], int]
 # Checks the job of this process's own command line, its prompts only if asked to; returns it with
@@ -54,26 +56,30 @@ Recorder = Callable[[BaseException], int]
 JobMaker = Callable[[bool], tuple[Job, tuple[str, ...]]]
 
 
-def run_started(run_path: str, job_hash: str, timeline: Timeline) -> None:
+def run_started(
+    environment: WorkerEnvironment, run_path: str, job_hash: str, timeline: Timeline
+) -> None:
     """Entry point of a rank that we started: its output goes to its log, its error to a record."""
+    timeline.mark("import_torch", _IMPORTED_AT)
     timeline.mark("start_ranks")
     # Ctrl-C must end a rank also inside a collective, which Python's own handler waits for.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    run_dir, rank = RunDir(Path(run_path)), int(os.environ["RANK"])
-    console = _redirect_output(run_dir.log(rank))
+    run_dir, rank = RunDir(Path(run_path)), environment.rank
+    assert rank is not None
+    console = _redirect_output(run_dir.log(rank), rank)
 
     def record(error: BaseException) -> int:
         found = _record(rank, error)
         print(found.traceback, file=sys.stderr)
         found.write(run_dir.error(rank))
         if found.is_consequence:
-            # elastic looks every 50 ms who died: it must see the first before it sees us.
+            # the launcher stops all ranks when it sees one end: it must see the first before it sees us.
             time.sleep(_AFTER_THE_CAUSE_S)
         return EXIT_FAILED
 
     try:
         job = run_dir.read_job(job_hash)
-        member = join(detect(os.environ), job.config.parallel.start_timeout_s)
+        member = join(environment, job.config.parallel.start_timeout_s)
     except BaseException as error:
         _leave(record(error))
     timeline.mark("rendezvous")
@@ -229,12 +235,12 @@ def _exchange_verdicts(member: Member, problem: str, deadline: Deadline) -> None
             raise ConfigError(f"rank {rank}: {verdict.decode()}")
 
 
-def _redirect_output(log: Path) -> TextIO:
+def _redirect_output(log: Path, rank: int) -> TextIO:
     """Send what this rank writes to its log; rank 0 keeps stdout, and the console for progress."""
     console = os.fdopen(os.dup(2), "w", buffering=1)
     fd = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
     os.dup2(fd, 2)
-    if os.environ["RANK"] != "0":
+    if rank != 0:
         os.dup2(fd, 1)
     os.close(fd)
     return console

@@ -1,6 +1,6 @@
-"""From the command to the first token, as a multiple of `python -c "import torch"`.
+"""From the command to the first token, as a multiple of `python -c "import torch"`, stage by stage.
 
-    python scripts/bench_start.py [RUNS]
+    python scripts/bench_start.py [RUNS] [key=value …]
 
 The two are run in turn, so that a noisy machine slows both; the ratio is taken pair by pair.
 """
@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 
 def import_torch_s() -> float:
@@ -23,29 +24,32 @@ def import_torch_s() -> float:
     return time.perf_counter() - start
 
 
-def first_token_report(folder: Path) -> dict[str, float]:
-    """report.json of `shardrun` without arguments."""
-    command = [sys.executable, "-m", "launcher", f"run_root={folder}"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    (report,) = folder.glob("*/*/report.json")
-    values: dict[str, float] = json.loads(report.read_text())
+def start_report(arguments: list[str]) -> dict[str, Any]:
+    """report.json of `shardrun generate`."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "launcher", "generate", f"run_root={folder}", *arguments]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        (report,) = Path(folder).glob("*/*/report.json")
+        values: dict[str, Any] = json.loads(report.read_text())
     return values
 
 
-def main(num_runs: int) -> None:
-    print("import torch s   before load s   load s   first token s   ratio")
-    ratios = []
+def main(num_runs: int, arguments: list[str]) -> None:
+    print("import torch s   first token s   ratio")
+    ratios, starts = [], []
     for _ in range(num_runs):
         alone = import_torch_s()
-        with tempfile.TemporaryDirectory() as folder:
-            report = first_token_report(Path(folder))
+        report = start_report(arguments)
         ratios.append(report["first_token_s"] / alone)
-        print(
-            f"{alone:14.2f} {report['before_load_s']:15.2f} {report['load_s']:8.2f}"
-            f" {report['first_token_s']:15.2f} {ratios[-1]:7.2f}"
-        )
+        starts.append(report["start"])
+        print(f"{alone:14.2f} {report['first_token_s']:15.2f} {ratios[-1]:7.2f}")
     print(f"median ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    print("median seconds of each stage:")
+    for stage in starts[0]:
+        print(f"  {stage:22} {statistics.median(start[stage] for start in starts):7.3f}")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 5)
+    words = sys.argv[1:]
+    runs = int(words.pop(0)) if words and words[0].isdecimal() else 5
+    main(runs, words)

@@ -24,7 +24,7 @@ LAYERS = {
 DOORS = {
     "torch.distributed": (
         "parallel/collectives/network.py", "launcher/collectives.py", "launcher/presence.py",
-        "launcher/rendezvous.py", "launcher/watch.py", "launcher/worker.py", "launcher/workers.py",
+        "launcher/rendezvous.py", "launcher/watch.py", "launcher/worker.py",
     ),
     "safetensors": ("parallel/checkpoint/",),
     "hydra": ("launcher/config.py",),
@@ -91,7 +91,8 @@ def test_errors_are_caught_by_name():
 
 def test_plan_and_checks_of_the_configuration_need_no_torch():
     script = (
-        "import sys; import launcher.__main__, launcher.resolve, launcher.tasks.plan; "
+        "import sys; import launcher.__main__, launcher.resolve, launcher.tasks.plan, "
+        "launcher.workers; "
         "from launcher.config import compose; compose(['prompt=x']); "
         "print([name for name in ('torch', 'transformers') if name in sys.modules])"
     )
