@@ -6,6 +6,7 @@ weights and what the threads have in hand.
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -91,6 +92,7 @@ def load_decoder(
     if HEAD not in weights:
         weights[HEAD] = loader.tied_head(weights[EMBEDDING])
         timings.weight_bytes += 0 if isinstance(weights[HEAD], Tensor) else weights[HEAD].nbytes
+    _return_freed_memory()
     decoder = build_decoder(layout.config, layout.table, weights, group, max_length)
     timings.wall_s = time.perf_counter() - start
     return decoder, timings
@@ -182,3 +184,10 @@ def _in_threads(
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(torch_threads)
+
+
+def _return_freed_memory() -> None:
+    """glibc keeps what each thread has freed; returned, it does not stay beside the weights."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

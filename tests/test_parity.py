@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 
 from launcher.resolve import DEMO
+from parallel.checkpoint.open import open_checkpoint
+from parallel.generation.cache import KVCache
 from parallel.generation.sampling import Sampling
-from tests.models import RTN, generate, logits
+from parallel.model import parameters
+from parallel.model.decoder import Attention, Step, StepContext, score_masks
+from tests.models import RTN, generate, load, logits, run_ranks
 
 transformers = pytest.importorskip("transformers")
 
@@ -122,6 +127,62 @@ def test_greedy_text_of_a_real_model_equals_its_published_one(shared):
     for size in (1, 2, 4, 8):
         ids = generate(path, [[1]], size, new_tokens=200)[0].token_ids
         assert open_tokenizer(path).decode([1, *ids]) == expected
+
+
+@pytest.mark.parametrize("left_out", ["q_proj", "v_proj", "up_proj"])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_group_of_which_one_part_is_left_out_is_not_fused(left_out, size):
+    scheme = replace(RTN, modules_to_not_convert=("lm_head", left_out))
+    checkpoint = open_checkpoint(DEMO)
+    layer = run_ranks(size, lambda group: load(checkpoint, group, scheme))[0].layers[0]
+    counts = (len(layer.self_attn.qkv_proj.linears), len(layer.mlp.gate_up_proj.linears))
+    assert counts == ((1, 2) if left_out == "up_proj" else (3, 1))
+    alone = generate(DEMO, PROMPTS, 1, scheme=scheme, new_tokens=8)
+    assert generate(DEMO, PROMPTS, size, scheme=scheme, new_tokens=8) == alone
+
+
+@pytest.mark.parametrize("family", ["biased", "qwen2", "tied", "wide heads"], indirect=True)
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_fused_products_give_the_bits_of_each_by_itself(family, size, monkeypatch):
+    """int8 sums are integers: which output channels stand side by side cannot matter."""
+    path, _ = family
+    fused = logits(path, IDS, size, scheme=RTN)
+    monkeypatch.setattr(parameters, "FUSED", {})
+    assert torch.equal(logits(path, IDS, size, scheme=RTN), fused)
+
+
+def test_every_parameter_has_each_tensor_once():
+    layout = open_checkpoint(DEMO).layout(RTN)
+    rows = [
+        row.name
+        for item in parameters.parameters(layout.table, layout.quantized)
+        for row in item.rows
+    ]
+    assert sorted(rows) == sorted(layout.table)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_groups", [1, 4])
+def test_decode_attention_equals_the_formula(dtype, num_groups):
+    """Also where a lone query row is given twice, and of sequences of unequal length."""
+    lengths = torch.tensor([3, 7])
+    cache = KVCache(1, 2, 16, 3, 9, dtype, torch.device("cpu"))
+    torch.manual_seed(0)
+    q_BHC = torch.randn(2, 2 * num_groups, 16).to(dtype)
+    for row, length in enumerate(lengths.tolist()):
+        slots = torch.arange(length) + row * 9
+        cache.write(0, slots, *torch.randn(2, length, 2, 16).to(dtype))
+    step = Step(lengths, lengths - 1, lengths, lengths, length=7)
+    context = StepContext(step, lengths, lengths, score_masks(step, dtype))
+    attention = Attention(0, 16, None, None)  # its products are not called
+    found = attention.decode(q_BHC, context, cache)
+    for row, length in enumerate(lengths.tolist()):
+        k_KLC, v_KLC = (x.float() for x in cache.row(0, row, length))
+        q_KGC = q_BHC[row].float().unflatten(0, (2, num_groups))
+        expected = (q_KGC @ k_KLC.transpose(1, 2) / 4).softmax(-1) @ v_KLC
+        # bfloat16: half a unit in the last place of values near 1, twice.
+        atol = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(found[row].float(), expected.flatten(0, 1), rtol=0, atol=atol)
 
 
 def test_decode_equals_prefill_in_bfloat16():

@@ -113,10 +113,10 @@ class Attention:
         qk_TEC = rotate(qkv_TEC[:, :-num_kv_heads], context.cos_T1C, context.sin_T1C)
         v_TKC = qkv_TEC[:, -num_kv_heads:]
         cache.write(self.layer, context.step.slots_T, qk_TEC[:, num_heads:], v_TKC)
-        attend = self._prefill if context.step.segments else self._decode
+        attend = self.prefill if context.step.segments else self.decode
         return self.o_proj(attend(qk_TEC[:, :num_heads], context, cache).flatten(1))
 
-    def _prefill(self, q_THC: Tensor, context: StepContext, cache: KVCache) -> Tensor:
+    def prefill(self, q_THC: Tensor, context: StepContext, cache: KVCache) -> Tensor:
         runs = [
             self._attend_run(q_THC[segment.start : segment.stop], segment, mask, cache)
             for segment, mask in zip(context.step.segments, context.masks, strict=True)
@@ -137,7 +137,7 @@ class Attention:
         )
         return out_KGTC.permute(2, 0, 1, 3).flatten(1, 2)
 
-    def _decode(self, q_BHC: Tensor, context: StepContext, cache: KVCache) -> Tensor:
+    def decode(self, q_BHC: Tensor, context: StepContext, cache: KVCache) -> Tensor:
         """One token a sequence: the G query heads of a kv head are its rows of queries, so that a
         key is read once for all of them.
         """
@@ -214,7 +214,7 @@ class Decoder:
             step,
             self._cos_L1C[step.positions_T],
             self._sin_L1C[step.positions_T],
-            _masks(step, self.dtype),
+            score_masks(step, self.dtype),
         )
         x_TD = self.embed_tokens(step.token_ids_T)
         for layer in self.layers:
@@ -236,7 +236,7 @@ class Decoder:
         )
 
 
-def _masks(step: Step, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+def score_masks(step: Step, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
     """What is added to the scores of each run; a mask of bools would be converted in each layer."""
     if not step.segments:
         if len(step.positions_T) == 1:  # step.length is this token's: it sees all of them
