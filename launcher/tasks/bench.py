@@ -174,7 +174,7 @@ def _context(
         "weights": f"random weights of seed {config.seed}" if is_random else str(checkpoint.path),
         "scheme": layout.scheme.label,
         "lm_head": "int8" if HEAD in layout.quantized else dtype,
-        "kernel": getattr(config, "kernel", None),
+        "kernel": config.kernel if layout.quantized else None,
         **asdict(checkpoint.config),
         "dtype": dtype,
         "device": rank.device.type,

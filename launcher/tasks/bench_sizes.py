@@ -13,6 +13,7 @@ from dataclasses import replace
 from launcher.environment import WorkerEnvironment
 from launcher.failures import ConfigError
 from launcher.job import Job
+from launcher.kernels import choose_kernel
 from launcher.resolve import check_effects, check_gpus, resolve
 from launcher.run_dir import RunDir
 from launcher.schema import Config
@@ -67,9 +68,10 @@ def make_bench_job(config: Config, environment: WorkerEnvironment) -> tuple[Job,
     if config.parallel.simulate_rank is None:
         check_gpus(config, resolved, environment)
     _check_lengths(config, resolved.checkpoint.config)
-    job = Job(resolved.config, ())
-    _check_simulated(job)
-    return job, resolved.notes
+    _check_simulated(Job(resolved.config, ()))
+    # Last: the first time on a machine it takes seconds, which a refusal should not.
+    config, notes = choose_kernel(resolved.config, resolved.layout.scheme.label)
+    return Job(config, ()), resolved.notes + notes
 
 
 def _jobs(config: Config, environment: WorkerEnvironment) -> tuple[list[Job], tuple[str, ...]]:
