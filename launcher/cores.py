@@ -79,6 +79,8 @@ def read_wishes(
     """
     bound = [name for name in _BINDING if environ.get(name, "").lower() not in _UNBOUND]
     floating = f"{bound[0]} is set" if bound else "" if pin else "parallel.pin is false"
+    if not hasattr(os, "sched_setaffinity"):
+        floating = "this system binds no process to cores"
     wishes = Wishes(threads, floating, openmp_binds=bool(bound))
     first = environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if threads is not None or not first.isdecimal() or int(first) < 1:
@@ -222,8 +224,6 @@ def _bind(cpus: frozenset[int]) -> str:
     """Returns why the system did not, and an empty string where it did, as read back."""
     if cpus == allowed_cpus():
         return ""
-    if not hasattr(os, "sched_setaffinity"):
-        return "this system binds no process to cores"
     try:
         os.sched_setaffinity(0, cpus)
     except OSError as error:

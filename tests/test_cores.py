@@ -14,6 +14,7 @@ from launcher.cores import Seat, Wishes, divide, read_wishes, was_set_by
 from launcher.timeline import Timeline
 from launcher.topology import (
     Topology,
+    allowed_cpus,
     format_cpus,
     memory_by_node,
     parse_cpus,
@@ -184,6 +185,17 @@ def test_threads_of_the_environment_count_unless_torchrun_set_them(
 def test_configuration_goes_before_the_environment():
     assert read_wishes(2, True, {"OMP_NUM_THREADS": "3"}) == Wishes(2)
     assert read_wishes(None, False, {}).floating == "parallel.pin is false"
+
+
+def test_system_without_affinities_divides_threads_and_binds_nobody(monkeypatch, tmp_path):
+    """macOS."""
+    monkeypatch.delattr(os, "sched_setaffinity", raising=False)
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    wishes = read_wishes(None, True, {})
+    assert wishes.floating == "this system binds no process to cores"
+    found = divide(read_topology(allowed_cpus(), tmp_path), [allowed_cpus()] * 2, wishes)
+    assert found == [Seat(parse_cpus("0-5"), 3, wishes.floating)] * 2
 
 
 def test_openmp_that_binds_by_itself_is_left_alone():
