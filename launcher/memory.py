@@ -1,7 +1,8 @@
-"""The most memory that this process has held."""
+"""Memory: what this process has held at most, and what the host has."""
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 from pathlib import Path
@@ -11,6 +12,11 @@ if TYPE_CHECKING:
     import torch
 
 _PEAK = re.compile(r"^VmHWM:\s*(\d+) kB", re.MULTILINE)
+
+
+def host_bytes() -> int:
+    """Physical memory of this host."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def reset_peak(device: torch.device) -> None:

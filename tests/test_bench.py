@@ -119,6 +119,7 @@ REFUSED = [
     (("bench", "parallel.simulate_rank=0"), "parallel.tp, which is not given"),
     (("bench", "parallel.simulate_rank=8", "parallel.tp=8"), "must be 0 to 7 at tp=8, but is 8"),
     (("bench", "model.hidden_size=64"), "`model`"),
+    (("bench", "model=llama3_405b", "model.num_hidden_layers=4096"), "GB of memory"),
     (("bench", "prompt=hello"), "`prompt` has no effect on bench"),
     (("bench", "generation.temperature=2"), "`generation.temperature` has no effect on bench"),
     (("bench", "plan.tp=[1]"), "`plan.tp` has no effect on bench"),

@@ -14,7 +14,8 @@ from launcher.environment import WorkerEnvironment
 from launcher.failures import ConfigError
 from launcher.job import Job
 from launcher.kernels import choose_kernel
-from launcher.resolve import check_effects, check_gpus, resolve
+from launcher.memory import host_bytes
+from launcher.resolve import Resolved, check_effects, check_gpus, resolve
 from launcher.run_dir import RunDir
 from launcher.schema import Config
 from launcher.tasks.bench_plot import draw_decode
@@ -69,6 +70,7 @@ def make_bench_job(config: Config, environment: WorkerEnvironment) -> tuple[Job,
         check_gpus(config, resolved, environment)
     _check_lengths(config, resolved.checkpoint.config)
     _check_simulated(Job(resolved.config, ()))
+    _check_memory(resolved, environment)
     # Last: the first time on a machine it takes seconds, which a refusal should not.
     config, notes = choose_kernel(resolved.config, resolved.layout.scheme.label)
     return Job(config, ()), resolved.notes + notes
@@ -139,6 +141,23 @@ def _check_lengths(config: Config, model: ModelConfig) -> None:
             f"`bench.prompt_lengths` and bench.new_tokens must fit the context of {context} tokens, "
             f"but {longest.prompt_length} + {longest.new_tokens} is {longest.length}; "
             "give shorter ones."
+        )
+
+
+def _check_memory(resolved: Resolved, environment: WorkerEnvironment) -> None:
+    """A shape is a few words, and may stand for more than any host has."""
+    config, layout, tp = resolved.config, resolved.layout, resolved.config.parallel.tp
+    assert tp is not None
+    if config.device == "cuda" or not environment.is_plain:
+        return
+    simulated = config.parallel.simulate_rank
+    ranks = range(tp) if simulated is None else (simulated,)
+    needed, here = sum(layout.rank_bytes(rank, tp) for rank in ranks), host_bytes()
+    if needed > here:
+        raise ConfigError(
+            f"the weights at tp={tp} are {needed / 1e9:,.0f} GB, but this host has "
+            f"{here / 1e9:,.0f} GB of memory; give fewer layers (model.num_hidden_layers=4), or "
+            "one rank of a larger job (parallel.tp=8 parallel.simulate_rank=0)."
         )
 
 
