@@ -13,11 +13,12 @@ setup(
     ext_modules=[
         Extension(
             "quant.kernels.native._native",
-            ["quant/kernels/native/int8.c"],
-            depends=["quant/kernels/native/tile.h"],
+            ["quant/kernels/native/int8.c", "quant/kernels/native/bfloat16.c"],
+            depends=["quant/kernels/native/tile.h", "quant/kernels/native/types.h"],
             extra_compile_args=[
                 "-O3",
                 "-ffp-contract=off",  # the same bits on every processor
+                "-Wno-psabi",  # vectors are passed within one file only
                 *(["-fopenmp"] if sys.platform == "linux" else []),
             ],
             optional=True,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from quant.kernels.reference import ReferenceWeight, linear_wide
+from quant.kernels.floats import linear_float
+from quant.kernels.reference import ReferenceWeight
 from quant.weight import PackedWeight, QuantizedWeight, ReadyWeight
 
 
@@ -30,6 +30,4 @@ def linear(
         weight = ReferenceWeight(weight)
     if isinstance(weight, PackedWeight):
         return weight.linear(x_MK, bias_N, out_dtype)
-    if out_dtype != x_MK.dtype:
-        return linear_wide(x_MK, weight, bias_N, out_dtype)
-    return F.linear(x_MK, weight, bias_N)
+    return linear_float(x_MK, weight, bias_N, out_dtype)

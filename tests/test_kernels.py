@@ -207,3 +207,20 @@ def test_fused_product_is_the_parts_side_by_side():
     for kernel in (ReferenceKernel(), *(native.NativeKernel(name) for name in SETS)):
         alone = torch.cat([linear(x, kernel.pack(part)) for part in parts], dim=1)
         assert torch.equal(linear(x, kernel.pack(fuse(parts))), alone)
+
+
+@pytest.mark.skipif(not SETS, reason="no C compiler at installation")
+@pytest.mark.parametrize(
+    "shape", [(1, 64, 64), (3, 70, 129), (8, 96, 1024), (5, 1, 7), (12, 2, 40)]
+)
+def test_native_bfloat16_product_has_float32_sums(shape):
+    rows, out_features, in_features = shape
+    x, weight = torch.randn(rows, in_features).bfloat16(), torch.randn(out_features, in_features)
+    weight, bias = weight.bfloat16(), torch.randn(out_features)
+    exact = x.double() @ weight.double().T + bias
+    found = native.linear_bfloat16(x, weight, bias)
+    # bfloat16 products are exact in float32; what is lost are the roundings of a sum of that many.
+    assert (found - exact).norm() <= 2**-22 * in_features**0.5 * exact.norm()
+    # A row's bits depend on no other row, nor a channel's on other channels.
+    assert torch.equal(native.linear_bfloat16(x[-1:], weight, bias), found[-1:])
+    assert torch.equal(native.linear_bfloat16(x, weight[-1:], bias[-1:]), found[:, -1:])

@@ -94,10 +94,25 @@ class NativeWeight(PackedWeight):
         return out_MN
 
 
+def linear_bfloat16(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+    """`x @ weight.T + bias` in float32, [M, N], of a contiguous bfloat16 weight; for few rows."""
+    x_MK = x_MK.float()
+    if x_MK.stride(1) != 1:
+        x_MK = x_MK.contiguous()
+    bias_N = None if bias_N is None else bias_N.float().contiguous()
+    out_MN = torch.empty(x_MK.shape[0], weight_NK.shape[0])
+    library().shardrun_bfloat16(
+        max(instruction_sets().values()), x_MK.data_ptr(), x_MK.stride(0), *x_MK.shape,
+        weight_NK.data_ptr(), weight_NK.shape[0], _address(bias_N), out_MN.data_ptr(),
+    )  # fmt: skip
+    return out_MN
+
+
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+@cache
 def instruction_sets() -> dict[str, int]:
     """Those that were compiled and that this processor has, the widest last."""
     found = {}
@@ -108,6 +123,14 @@ def instruction_sets() -> dict[str, int]:
         if library().shardrun_set_works(index):
             found[name.decode()] = index
     return found
+
+
+def is_available() -> bool:
+    """Whether the library is there and can be loaded."""
+    try:
+        return bool(instruction_sets())
+    except OSError:
+        return False
 
 
 def library_path() -> Path | None:
@@ -137,5 +160,9 @@ def library() -> ctypes.CDLL:
     found.shardrun_linear.argtypes = [
         _INT, _POINTER, _INT, _SIZE, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER,
         _POINTER, _POINTER, _INT, _POINTER,
+    ]  # fmt: skip
+    found.shardrun_bfloat16.restype = None
+    found.shardrun_bfloat16.argtypes = [
+        _INT, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER,
     ]  # fmt: skip
     return found

@@ -21,9 +21,8 @@
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+
+#include "types.h"
 
 #define BLOCK 32  /* output channels side by side */
 #define ROWS 6    /* most rows of a tile: 12 sums, 2 weights, an activation, a product: 16 registers */
@@ -33,8 +32,6 @@
 #define PANEL 48  /* rows whose sums a thread holds at a time */
 #define GROUP 4   /* blocks that share the rows in cache */
 #define STREAM 16 /* so few rows stay in cache anyway: blocks go one by one, in one stream */
-
-enum { FLOAT32 = 0, BFLOAT16 = 1, INT32 = 2, INT64 = 3 };
 
 /* ---- one tile for each instruction set ---- */
 
@@ -131,7 +128,7 @@ const char *shardrun_set_name(int index) {
 int shardrun_set_works(int index) {
 #ifdef __x86_64__
     __builtin_cpu_init();
-    if (index == 1) return !!__builtin_cpu_supports("avx2");
+    if (index == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (index == 2)
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
@@ -141,43 +138,59 @@ int shardrun_set_works(int index) {
 
 /* ---- packing ---- */
 
+/* Pairs of columns k of 8 rows, from src (rows `stride` bytes apart) to block[k][row], as far as
+   whole registers go; returns how many. */
+static int64_t transpose_8_rows(const int8_t *src, int64_t stride, int64_t pairs, uint16_t *block) {
+    int64_t k = 0;
+#ifdef __x86_64__
+    for (; k + 8 <= pairs; k += 8) {
+        __m128i a[8], b[8];
+        for (int n = 0; n < 8; n++)
+            a[n] = _mm_loadu_si128((const __m128i *)(src + n * stride + 2 * k));
+        for (int n = 0; n < 4; n++) {
+            b[2 * n] = _mm_unpacklo_epi16(a[2 * n], a[2 * n + 1]);
+            b[2 * n + 1] = _mm_unpackhi_epi16(a[2 * n], a[2 * n + 1]);
+        }
+        for (int n = 0; n < 8; n += 4)
+            for (int h = 0; h < 2; h++) {
+                a[n + 2 * h] = _mm_unpacklo_epi32(b[n + h], b[n + 2 + h]);
+                a[n + 2 * h + 1] = _mm_unpackhi_epi32(b[n + h], b[n + 2 + h]);
+            }
+        for (int n = 0; n < 4; n++) {
+            uint16_t *to = block + BLOCK * (k + 2 * n);
+            _mm_storeu_si128((__m128i *)to, _mm_unpacklo_epi64(a[n], a[n + 4]));
+            _mm_storeu_si128((__m128i *)(to + BLOCK), _mm_unpackhi_epi64(a[n], a[n + 4]));
+        }
+    }
+#endif
+    return k;
+}
+
 /* int8 [N, K], rows `stride` apart, into packed[ceil(N / 32)][ceil(K / 2)][32][2], zeros beyond. */
 void shardrun_pack(const int8_t *src, int64_t stride, int64_t N, int64_t K, int8_t *packed) {
-    int64_t num_pairs = (K + 1) / 2, step = 128;
+    int64_t num_pairs = (K + 1) / 2;
     for (int64_t n0 = 0; n0 < N; n0 += BLOCK) {
         uint16_t *block = (uint16_t *)(packed + n0 * 2 * num_pairs);
         int64_t rows = N - n0 < BLOCK ? N - n0 : BLOCK;
         if (rows < BLOCK) memset(block, 0, 2 * BLOCK * num_pairs);
-        for (int64_t k0 = 0; k0 < K / 2; k0 += step) { /* so that a piece stays in cache */
-            int64_t stop = k0 + step < K / 2 ? k0 + step : K / 2;
-            for (int64_t n = 0; n < rows; n++) {
-                const int8_t *row = src + (n0 + n) * stride;
-                for (int64_t k = k0; k < stop; k++) memcpy(block + BLOCK * k + n, row + 2 * k, 2);
-            }
-        }
-        if (K % 2)
-            for (int64_t n = 0; n < BLOCK; n++) {
-                int8_t last[2] = {n < rows ? src[(n0 + n) * stride + K - 1] : 0, 0};
+        int64_t done = 0; /* pairs of these 8 rows that are packed already */
+        for (int64_t n = 0; n < rows; n++) {
+            const int8_t *row = src + (n0 + n) * stride;
+            if (n % 8 == 0)
+                done = n + 8 <= rows ? transpose_8_rows(row, stride, K / 2, block + n) : 0;
+            for (int64_t k = done; k < K / 2; k++) memcpy(block + BLOCK * k + n, row + 2 * k, 2);
+            if (K % 2) {
+                int8_t last[2] = {row[K - 1], 0};
                 memcpy(block + BLOCK * (num_pairs - 1) + n, last, 2);
             }
+        }
     }
 }
 
 /* ---- activations ---- */
 
 static inline float widen(const void *x, int type, int64_t i) {
-    if (type == FLOAT32) return ((const float *)x)[i];
-    uint32_t bits = (uint32_t)((const uint16_t *)x)[i] << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static inline uint16_t to_bfloat16(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 64); /* a NaN stays one */
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    return type == FLOAT32 ? ((const float *)x)[i] : widen_bfloat16(((const uint16_t *)x)[i]);
 }
 
 /* The largest absolute value of a row; a NaN counts as larger than all. */

@@ -11,6 +11,7 @@
      LOAD_X(p)       two int16 activations at p, in every lane
      DOT(s, w, x)    s + the dot product of each lane's pair
      ADD_TO(p, s)    add the sums to the int64 at p
+     KEEP(a, b)      finish these sums before the next load
 
    int16 x int16 -> int32 pairs (pmaddwd, vpdpwssd, smlal) never saturate within CHUNK columns. */
 
@@ -29,7 +30,7 @@ TARGET static inline __attribute__((always_inline)) void NAME(tile)(
             W pair = LOAD_X(x + m * x_stride + 2 * k);
             low[m] = DOT(low[m], w_low, pair);
             high[m] = DOT(high[m], w_high, pair);
-            /* Loads stay in this order: hoisted ones would need more registers than there are. */
+            /* Hoisted loads would need more registers than there are. */
             KEEP(low[m], high[m]);
         }
     }
@@ -46,7 +47,7 @@ TARGET static inline __attribute__((always_inline)) void NAME(row)(
     for (int v = 0; v < NUM_V; v++) sum[v] = ZERO();
     for (int64_t k = 0; k < num_pairs; k++) {
         W pair = LOAD_X(x + 2 * k);
-        __builtin_prefetch(w + 2 * BLOCK * k + AHEAD, 0, 3);
+        __builtin_prefetch(w + 2 * BLOCK * (k + AHEAD), 0, 3);
         for (int v = 0; v < NUM_V; v++)
             sum[v] = DOT(sum[v], LOAD_W(w + 2 * BLOCK * k + 2 * LANES * v), pair);
     }
