@@ -57,7 +57,7 @@ class Patience:
     @classmethod
     def of(cls, is_crowded: bool) -> Patience:
         """Where cores are fewer than those who want one, the rank waited for may need this core."""
-        return cls(0.0, 500e-6, 20e-6) if is_crowded else cls(20e-6, 10e-3, 50e-6)
+        return cls(0.0, 500e-6, 20e-6) if is_crowded else cls(20e-6, 2e-3, 50e-6)
 
 
 class Signals:
