@@ -251,6 +251,32 @@ def test_signal_to_the_launcher_ends_the_ranks(launch, tmp_path, sent, status):
     assert all(is_gone(pid) for pid in workers)
 
 
+def test_killed_launcher_takes_its_ranks_along(launch, tmp_path):
+    """It can stop nobody any more: they see for themselves that it is gone."""
+    process = launch(tmp_path, *LONG)
+    wait_for_text(process)
+    workers = workers_of(process.pid)
+    assert len(workers) == 2
+    process.kill()
+    process.wait(timeout=10)
+    deadline = time.monotonic() + 10
+    while not all(is_gone(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert all(is_gone(pid) for pid in workers)
+
+
+def test_stopped_rank_is_killed_with_the_run(launch, tmp_path):
+    """SIGTERM waits for a process that is stopped; we do not."""
+    process = launch(tmp_path, *LONG)
+    wait_for_text(process)
+    workers = workers_of(process.pid)
+    os.kill(workers[1], signal.SIGSTOP)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert all(is_gone(pid) for pid in workers)
+
+
 def test_terminated_prepare_leaves_nothing_half_written(launch, tmp_path):
     """The partial directory of a 70B is 70 GB that nobody would clean up."""
     from tests.checkpoints import write_checkpoint
