@@ -13,9 +13,10 @@ import torch
 
 from launcher import bandwidth
 from launcher.__main__ import main
+from launcher.load import LoadMark, other_cores
 from launcher.resolve import DEMO
 from launcher.tasks.bench_case import Runner
-from launcher.tasks.bench_record import Measured, make_record
+from launcher.tasks.bench_record import Host, Measured, make_record
 from launcher.tasks.bench_simulate import CollectiveCost
 from launcher.tasks.bench_work import Case, Work, decode_work, prefill_work
 from parallel.checkpoint.open import open_checkpoint, open_random
@@ -70,6 +71,7 @@ def test_figures_of_a_record_follow_from_each_other(demo):
         assert record["skew"] >= 1
         assert len(record["peak_bytes"]) == len(record["compute_s"]) == record["tp"]
         assert min(record["peak_bytes"]) > 1e6
+        assert record["other_cores"] >= 0
         assert not record["estimate"]
 
 
@@ -218,7 +220,9 @@ class Seen:
 def test_waiting_is_told_apart_from_communication():
     # The second rank computes for 8 of 10 seconds, and the first, done after 4, waits for it.
     run = [Seen(10.0, 6.0), Seen(10.0, 2.0)]
-    found = make_record({}, Measured("decode", CASE, [run], Work(4, 100, 50), [5.0, 20.0], [1, 2]))
+    found = make_record(
+        {}, Measured("decode", CASE, [run], Work(4, 100, 50), [5.0, 20.0], Host([1, 2], 0.0))
+    )
     assert found["communication_share"] == pytest.approx(0.2)
     assert found["waiting_share"] == pytest.approx(0.4)
     assert found["compute_s"] == [4.0, 8.0]
@@ -232,6 +236,13 @@ def test_the_modelled_cost_is_that_of_a_ring():
     assert cost("gather", 1000) == pytest.approx(10e-6 + 3000 / 2e9)
     assert cost("broadcast", 1000) == pytest.approx(10e-6 + 1000 / 2e9)
     assert CollectiveCost(size=1)("all_reduce", 1000) == 0
+
+
+def test_cores_of_others_are_what_the_host_did_beside_the_ranks():
+    start, end = LoadMark(10.0, 100.0, 5.0), LoadMark(20.0, 135.0, 9.0)
+    assert other_cores(start, end, [4.0, 6.0]) == pytest.approx(2.5)
+    assert other_cores(start, end, [40.0]) == 0
+    assert LoadMark.now().host_s > 0
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -21,12 +21,13 @@ from tqdm import tqdm
 
 from launcher.bandwidth import measure_group_bandwidth
 from launcher.job import Job, Prompt
+from launcher.load import LoadMark, other_cores
 from launcher.memory import peak_bytes, reset_peak
 from launcher.rank import Rank
 from launcher.resolve import is_shape_alone, open_job
 from launcher.tasks.bench_case import Phase, Runner
 from launcher.tasks.bench_plot import draw_decode
-from launcher.tasks.bench_record import Measured, Record, Run, make_record
+from launcher.tasks.bench_record import Host, Measured, Record, Run, make_record
 from launcher.tasks.bench_simulate import CollectiveCost
 from launcher.tasks.bench_table import print_records
 from launcher.tasks.bench_work import Case, cases, decode_work, num_steps, prefill_work
@@ -45,10 +46,10 @@ def run_rank(rank: Rank) -> None:
     records: list[Record] = []
     bandwidths = measure_group_bandwidth(rank.group, rank.device)
     for case in cases(rank.job.config):
-        runs, peaks = bench.measure(case, bar)
+        runs, host = bench.measure(case, bar)
         after = measure_group_bandwidth(rank.group, rank.device)
         if bench.is_reporter:
-            records += bench.records(case, runs, peaks, [*bandwidths, *after])
+            records += bench.records(case, runs, host, [*bandwidths, *after])
         bandwidths = after
     bar.close()
     if rank.job.config.bench.profile:
@@ -75,8 +76,8 @@ class _Bench:
     def is_reporter(self) -> bool:
         return self.rank.group.rank == 0
 
-    def measure(self, case: Case, bar: tqdm[Any]) -> tuple[list[tuple[Run, Run]], list[int]]:
-        """Repeats of (prefill, decode), each as every rank saw it, and the ranks' peak memory."""
+    def measure(self, case: Case, bar: tqdm[Any]) -> tuple[list[tuple[Run, Run]], Host]:
+        """Repeats of (prefill, decode), each as every rank saw it, and what the host was at."""
         section = self.rank.job.config.bench
         ids_BP = _random_ids(self.rank, case, self.layout.config.vocab_size)
         runner = self._runner(case)
@@ -84,15 +85,21 @@ class _Bench:
         for _ in range(section.warmup):
             runner.run(ids_BP, dataclasses.replace(case, new_tokens=min(case.new_tokens, 2)))
             bar.update()
-        runs = []
+        runs, start = [], LoadMark.now()
         for _ in range(section.repeats):
             runs.append(_gather(self.rank, runner.run(ids_BP, case)))
             bar.update()
-        peaks = self.rank.group.gather(torch.tensor([peak_bytes(self.rank.device)]))
-        return runs, [int(peak) for peak in peaks or ()]
+        return runs, self._host(start, LoadMark.now())
+
+    def _host(self, start: LoadMark, end: LoadMark) -> Host:
+        """Memory and load; of this rank alone but on rank 0."""
+        mine = [float(peak_bytes(self.rank.device)), end.own_s - start.own_s]
+        parts = self.rank.group.gather(torch.tensor(mine, dtype=torch.float64)) or ()
+        own_s = [float(part[1]) for part in parts]
+        return Host([int(part[0]) for part in parts], other_cores(start, end, own_s))
 
     def records(
-        self, case: Case, runs: list[tuple[Run, Run]], peaks: list[int], bandwidths: list[float]
+        self, case: Case, runs: list[tuple[Run, Run]], host: Host, bandwidths: list[float]
     ) -> list[Record]:
         """The lines of result.jsonl of one case: prefill, then decode."""
         tp = self.decoder.group.size
@@ -106,7 +113,7 @@ class _Bench:
             found.append(
                 make_record(
                     {**self.context, "steps": num_steps(phase, case)},
-                    Measured(phase, case, parts, done, bandwidths, peaks),
+                    Measured(phase, case, parts, done, bandwidths, host),
                 )
             )
         return found

@@ -29,6 +29,19 @@ Run = Sequence[Phase]
 
 
 @dataclass(frozen=True)
+class Host:
+    """What else was seen during a case.
+
+    Attributes:
+        peak_bytes: the most memory of each rank.
+        other_cores: how many cores other processes kept busy.
+    """
+
+    peak_bytes: Sequence[int]
+    other_cores: float
+
+
+@dataclass(frozen=True)
 class Measured:
     """One phase of one case.
 
@@ -36,7 +49,6 @@ class Measured:
         runs: its repeats.
         work: that each repeat did.
         bandwidths: bytes/s that all ranks read at once, measured before and after.
-        peak_bytes: the most memory of each rank during the case.
     """
 
     phase: str
@@ -44,7 +56,7 @@ class Measured:
     runs: Sequence[Run]
     work: Work
     bandwidths: Sequence[float]
-    peak_bytes: Sequence[int]
+    host: Host
 
 
 def make_record(context: Mapping[str, Any], found: Measured) -> Record:
@@ -81,7 +93,8 @@ def make_record(context: Mapping[str, Any], found: Measured) -> Record:
         "waiting_share": _median(found, lambda run: _waiting_s(run) / _seconds(run)),
         "compute_s": [median(times) for times in zip(*map(_compute, found.runs), strict=True)],
         "skew": _median(found, lambda run: max(_compute(run)) / max(min(_compute(run)), 1e-9)),
-        "peak_bytes": list(found.peak_bytes),
+        "peak_bytes": list(found.host.peak_bytes),
+        "other_cores": found.host.other_cores,
     }
 
 

@@ -11,6 +11,8 @@ _HEAD = (
     "phase", "batch", "prompt", "tokens/s", "(least to most)", "ms/step", "GB/s", "of bandwidth",
     "GOP/s", "communication", "waiting", "skew", "peak GB a rank",
 )  # fmt: skip
+# Of others' work: less than this moves no figure by more than repeats differ.
+_DISTURBING_CORES = 0.25
 
 
 def print_records(records: Sequence[Record]) -> None:
@@ -25,6 +27,9 @@ def print_records(records: Sequence[Record]) -> None:
         "GB/s at best",
         flush=True,
     )
+    others = max(record["other_cores"] for record in records)
+    if others >= _DISTURBING_CORES:
+        print(f"other processes kept up to {others:.1f} cores busy: these figures are too low")
 
 
 def _model(record: Record) -> str:
