@@ -47,11 +47,8 @@ def choose_kernel(config: Config, scheme: str) -> tuple[Config, tuple[str, ...]]
         ConfigError: the kernel that is asked for does not work here, or would have no effect.
     """
     if scheme == "none":
-        if config.kernel != AUTO:
-            raise ConfigError(
-                f"`kernel` is {config.kernel}, which has no effect on weights that are not "
-                "quantized; leave it out, or write quant=rtn_a16w8."
-            )
+        _check_unused("kernel", config.kernel, AUTO)
+        _check_unused("parallel.exact_sums", config.parallel.exact_sums, None)
         return config, ()
     if config.device == "cuda" or (config.device == AUTO and count_gpus()):
         return _chosen_for_gpus(config), ()
@@ -60,6 +57,14 @@ def choose_kernel(config: Config, scheme: str) -> tuple[Config, tuple[str, ...]]
     if config.kernel == AUTO:
         config = replace(config, kernel=fastest(found, scheme))
     return config, _notes(config.kernel, found, scheme)
+
+
+def _check_unused(key: str, value: object, default: object) -> None:
+    if value != default:
+        raise ConfigError(
+            f"`{key}` is {value}, which has no effect on weights that are not quantized; leave it "
+            "out, or write quant=rtn_a16w8."
+        )
 
 
 def survey() -> dict[str, Any]:

@@ -123,6 +123,11 @@ class ParallelSection:
         "CPU threads of each rank; null: OMP_NUM_THREADS, else the host's cores divided",
         _at_least(1),
     )
+    exact_sums: bool | None = _key(
+        None,
+        "add the partial sums of quantized products as integers: the same bits at every tp, for one "
+        "more small all-reduce each; null: where activations are int8",
+    )
     pin: bool = _key(True, "bind each rank to its share of the host's cores")
     simulate_rank: int | None = _key(
         None, "bench: run this rank of parallel.tp alone, and estimate the whole job", _at_least(0)

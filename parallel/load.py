@@ -62,6 +62,7 @@ def load_decoder(
     *,
     max_length: int,
     kernel: Kernel | None = None,
+    exact_sums: bool | None = None,
     num_threads: int | None = None,
     on_bytes: Callable[[int], object] = lambda _: None,
 ) -> tuple[Decoder, LoadTimings]:
@@ -71,6 +72,8 @@ def load_decoder(
         dtype: the compute dtype; every float but the scales is converted to it.
         max_length: the longest sequence in tokens.
         kernel: packs the weights of products; ReferenceKernel if None.
+        exact_sums: row-parallel products of quantized weights are added up as integers, so that
+            every number of ranks gives the same bits; None: where activations are int8.
         num_threads: parameters that are worked on at a time; torch's own number if None.
         on_bytes: told, by the calling thread, the bytes of each parameter that is in its place.
 
@@ -93,7 +96,9 @@ def load_decoder(
         weights[HEAD] = loader.tied_head(weights[EMBEDDING])
         timings.weight_bytes += 0 if isinstance(weights[HEAD], Tensor) else weights[HEAD].nbytes
     _return_freed_memory()
-    decoder = build_decoder(layout.config, layout.table, weights, group, max_length)
+    decoder = build_decoder(
+        layout.config, layout.table, weights, group, max_length, exact_sums=exact_sums
+    )
     timings.wall_s = time.perf_counter() - start
     return decoder, timings
 

@@ -34,11 +34,13 @@ def load(
     length: int = 256,
     vocab_emb_dp: bool = False,
     kernel: Kernel | None = None,
+    exact_sums: bool | None = None,
 ) -> Decoder:
     layout = checkpoint.layout(scheme, vocab_emb_dp=vocab_emb_dp)
     decoder, _ = load_decoder(
-        layout, checkpoint.source, group, dtype, CPU, max_length=length, kernel=kernel
-    )
+        layout, checkpoint.source, group, dtype, CPU,
+        max_length=length, kernel=kernel, exact_sums=exact_sums,
+    )  # fmt: skip
     return decoder
 
 

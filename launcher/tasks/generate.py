@@ -84,6 +84,7 @@ def open_decoder(
             rank.device,
             max_length=cache_length(rank.job.prompts),
             kernel=open_kernel(config.kernel),
+            exact_sums=config.parallel.exact_sums,
             on_bytes=bar.update,
         )
 

@@ -29,6 +29,8 @@ def build_decoder(
     weights: Mapping[str, ReadyWeight],
     group: Group,
     max_length: int,
+    *,
+    exact_sums: bool | None = None,
 ) -> Decoder:
     """One rank's decoder.
 
@@ -38,8 +40,9 @@ def build_decoder(
             one; floats in the compute dtype, products as a kernel packed them.
         group: the ranks that share the model.
         max_length: the longest sequence in tokens.
+        exact_sums: as for RowParallelLinear.
     """
-    parts = _Parts(config, table, weights, group)
+    parts = _Parts(config, table, weights, group, exact_sums)
     return Decoder(
         config,
         group,
@@ -58,6 +61,7 @@ class _Parts:
     table: Table
     weights: Mapping[str, ReadyWeight]
     group: Group
+    exact_sums: bool | None
 
     def embedding(self) -> VocabParallelEmbedding:
         rows = self.table[EMBEDDING].index(self.group.rank, self.group.size)[0]
@@ -109,7 +113,9 @@ class _Parts:
         return index_shape(index)[0]
 
     def _row(self, path: str) -> RowParallelLinear:
-        return RowParallelLinear(self.weights[path + ".weight"], self._bias(path), self.group)
+        return RowParallelLinear(
+            self.weights[path + ".weight"], self._bias(path), self.group, self.exact_sums
+        )
 
     def _bias(self, path: str) -> Tensor | None:
         return self._tensor(path + ".bias") if path + ".bias" in self.weights else None
