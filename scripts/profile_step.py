@@ -51,12 +51,9 @@ class Stopwatch:
     Attributes:
         steps: for each phase, what each of its steps took: kind -> seconds inside it and in none
             of the kinds inside it.
-        calls: how often each kind was entered, in all steps of a phase.
     """
 
     steps: dict[str, list[Counter[str]]] = field(default_factory=lambda: defaultdict(list))
-    calls: Counter[tuple[str, str]] = field(default_factory=Counter)
-    _entered: list[str] = field(default_factory=list)
     _self_s: Counter[str] = field(default_factory=Counter)
     _inside: list[float] = field(default_factory=list)
 
@@ -73,7 +70,6 @@ class Stopwatch:
                 spent = time.perf_counter() - start
                 name = kind if isinstance(kind, str) else kind(*arguments, **named)
                 self._self_s[name] += spent - self._inside.pop()
-                self._entered.append(name)
                 if self._inside:
                     self._inside[-1] += spent
 
@@ -84,10 +80,9 @@ class Stopwatch:
         drain = self.timed("generation loop", list)
 
         def entered(*arguments: Any) -> Iterator[Any]:
-            self._self_s, self._entered = Counter(), []
+            self._self_s = Counter()
             ended = drain(generator(*arguments))
             self.steps[phase].append(self._self_s)
-            self.calls.update((phase, kind) for kind in self._entered)
             return iter(ended)
 
         return entered
@@ -98,7 +93,6 @@ class Stopwatch:
         rows = [
             Row(
                 kind,
-                self.calls[phase, kind] / len(steps),
                 statistics.median(step[kind] for step in steps),
                 read_bytes.get(kind, 0),
             )
@@ -119,7 +113,6 @@ class Row:
     """
 
     kind: str
-    calls: float
     seconds: float
     num_bytes: int = 0
 
@@ -143,6 +136,10 @@ def stamps(watch: Stopwatch, decoder: model.Decoder, *, parts: bool) -> Iterator
     def product(_x: object, weight: ReadyWeight, *_rest: object, **_named: object) -> str:
         return kinds[id(weight)]
 
+    def row_product(layer: layers.RowParallelLinear, _x: object) -> str:
+        """Its bias, its rounding, and exact sums, which do not pass through `linear`."""
+        return kinds[id(layer.local_weight)]
+
     group = type(decoder.group)
     targets: list[tuple[Any, str, str | Callable[..., str]]] = [
         (layers, "linear", product),
@@ -156,7 +153,7 @@ def stamps(watch: Stopwatch, decoder: model.Decoder, *, parts: bool) -> Iterator
         (model.DecoderLayer, "__call__", "residual sums"),
         (layers.VocabParallelEmbedding, "__call__", "embedding"),
         (layers.VocabParallelHead, "__call__", "logits to float32"),
-        (layers.RowParallelLinear, "__call__", "rounding of sums"),
+        (layers.RowParallelLinear, "__call__", row_product),
         (layers.ColumnParallelLinears, "__call__", "views of q, k, v"),
         (group, "all_reduce", "all-reduce"),
         (group, "gather", "gather of logits"),
@@ -259,14 +256,13 @@ def measure(run: Run, decoder: model.Decoder) -> tuple[Stopwatch, Stopwatch]:
 def print_table(title: str, rows: list[Row]) -> None:
     total = sum(row.seconds for row in rows)
     print(f"\n### {title}: {1000 * total:.1f} ms\n")
-    print("| what | calls | ms | share | reads | GB/s |")
-    print("|---|---:|---:|---:|---:|---:|")
+    print("| what | ms | share | reads | GB/s |")
+    print("|---|---:|---:|---:|---:|")
     for row in rows:
-        calls = f"{row.calls:.0f}" if row.calls else ""
         share = f"{100 * row.seconds / total:.1f} %"
         reads = f"{row.num_bytes / 1e6:.0f} MB" if row.num_bytes else ""
         rate = f"{row.num_bytes / row.seconds / 1e9:.1f}" if row.num_bytes else ""
-        print(f"| {row.kind} | {calls} | {1000 * row.seconds:.2f} | {share} | {reads} | {rate} |")
+        print(f"| {row.kind} | {1000 * row.seconds:.2f} | {share} | {reads} | {rate} |")
 
 
 def step_bytes(run: Run, decoder: model.Decoder, positions: float) -> Counter[str]:
@@ -285,7 +281,7 @@ def print_phase(
     stamped, plain = watches
     rows = stamped.rows(phase, read_bytes)
     rest = plain.median_s(phase) - sum(row.seconds for row in rows)
-    print_table(title, [*rows, Row("stamps, noise", 0, rest)])
+    print_table(title, [*rows, Row("stamps, noise", rest)])
 
 
 def main() -> None:
@@ -304,7 +300,7 @@ def main() -> None:
         f"What a decode step must read, {read_bytes.total() / 1e9:.2f} GB, takes {floor_ms:.1f} ms"
     )
     print(f"at the {bandwidth:.1f} GB/s that a sum over 256 MiB reached beside it.")
-    print_phase(f"Decode, {run.batch} tokens", "decode", watches, read_bytes)
+    print_phase(f"Decode, {run.batch} x 1 token", "decode", watches, read_bytes)
     print_phase(f"Prefill, {run.batch} x {run.prompt} tokens", "prefill", watches, {})
 
 
