@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from launcher.failures import ConfigError
-from launcher.presence import is_running
+from launcher.presence import Place, is_running, is_stopped
 from launcher.rendezvous import Member
 from launcher.schema import ParallelSection
 from launcher.watch import Watch
@@ -42,6 +43,19 @@ def open_group(
     if member.size == 1:
         return LoneGroup()
     return _Opening(member, device, section, watch).open()
+
+
+class _Processes:
+    """The processes of this host's ranks, as the shared memory's waits ask for them."""
+
+    def __init__(self, places: Sequence[Place]) -> None:
+        self._places = places
+
+    def is_running(self, rank: int) -> bool:
+        return is_running(self._places[rank])
+
+    def is_stopped(self, rank: int) -> bool:
+        return is_running(self._places[rank]) and is_stopped(self._places[rank]["pid"])
 
 
 class _Opening:
@@ -109,7 +123,7 @@ class _Opening:
             len(self._here),
             segment,
             self._section.timeout_s,
-            lambda rank: is_running(places[rank]),
+            _Processes(places),
             self._watch.describe_failure,
             is_crowded=num_sharers * torch.get_num_threads() > len(cores),
             names=self._here,

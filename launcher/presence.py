@@ -144,11 +144,21 @@ def end_stuck(place: Place) -> None:
 
 def process_start(pid: int) -> int:
     """The start time of a living process in clock ticks; 0 if it is gone or a zombie."""
+    fields = _stat(pid)
+    return 0 if not fields or fields[0] in "ZX" else int(fields[19])
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a signal stopped the process; one that a debugger holds is not meant."""
+    return _stat(pid)[:1] == ["T"]
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of the kernel's line on a process from its state on; empty if it is gone."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return 0
-    return 0 if fields[0] in "ZX" else int(fields[19])
+        return []
 
 
 @cache

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from launcher.collectives import open_group
 from launcher.failures import ConfigError
+from launcher.presence import is_stopped, process_start
 from launcher.rendezvous import Member
 from launcher.schema import ParallelSection
 from launcher.watch import Watch
@@ -52,7 +53,7 @@ def be_rank(
     pipe.send(os.getpid())
     pids = pipe.recv()
     group = SharedMemoryGroup(
-        rank, size, segment, timeout_s, lambda other: is_alive(pids[other]), is_crowded=is_crowded
+        rank, size, segment, timeout_s, Processes(pids), is_crowded=is_crowded
     )
     try:
         pipe.send(work(group))
@@ -60,12 +61,17 @@ def be_rank(
         pipe.send(error)
 
 
-def is_alive(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
+class Processes:
+    """What the launcher knows of the ranks' processes, by pid alone."""
+
+    def __init__(self, pids: list[int]) -> None:
+        self.pids = pids
+
+    def is_running(self, rank: int) -> bool:
+        return process_start(self.pids[rank]) != 0
+
+    def is_stopped(self, rank: int) -> bool:
+        return is_stopped(self.pids[rank])
 
 
 class Ranks:
@@ -245,6 +251,14 @@ def test_frozen_rank_is_named_at_the_deadline():
     for error in errors:
         expected = r"all_reduce number \d+ \(rank 2 did not come within 0.7 s\)"
         assert re.fullmatch(expected, str(error))
+
+
+def test_frozen_rank_is_named_long_before_a_long_deadline():
+    with ranks(2, add_for_ever, timeout_s=300) as started:
+        time.sleep(0.2)
+        os.kill(started.pids[1], signal.SIGSTOP)
+        error = started.result(0, timeout_s=10)
+    assert re.fullmatch(r"all_reduce number \d+ \(rank 1 was stopped by a signal\)", str(error))
 
 
 def test_ranks_that_were_all_suspended_blame_nobody():

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from parallel.collectives.segment import Segment
-from parallel.collectives.signals import AbsentError, Patience, Signals
+from parallel.collectives.signals import AbsentError, Patience, Presence, Signals
 from parallel.group import ProcessGroup, reduce_into
 
 _PAGE_BYTES = 4096
@@ -85,7 +85,7 @@ class SharedMemoryGroup(ProcessGroup):
     Args:
         segment: of `SegmentLayout(size).num_bytes` bytes; all ranks have mapped it.
         timeout_s: deadline of one wait.
-        is_alive: whether the process of a rank, by its name, still runs.
+        presence: of the processes of the ranks, by their names.
         is_crowded: cores are fewer than those who want one.
         names: what messages call each rank; default: its number in this group.
     """
@@ -98,7 +98,7 @@ class SharedMemoryGroup(ProcessGroup):
         size: int,
         segment: Segment,
         timeout_s: float,
-        is_alive: Callable[[int], bool],
+        presence: Presence,
         describe_failure: Callable[[str], str] = str,
         *,
         is_crowded: bool = False,
@@ -108,7 +108,7 @@ class SharedMemoryGroup(ProcessGroup):
         self._layout = SegmentLayout(size)
         signals = memoryview(segment.memory)[: self._layout.signal_bytes]
         patience = Patience.of(is_crowded)
-        self._signals = Signals(signals, names or range(size), timeout_s, is_alive, patience)
+        self._signals = Signals(signals, names or range(size), timeout_s, presence, patience)
         self._others = [other for other in range(size) if other != rank]
         self._my_cell = self._signals.turn_cell(rank)
         self._other_cells = [self._signals.turn_cell(other) for other in self._others]

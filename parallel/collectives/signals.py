@@ -19,8 +19,9 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 # Two cache lines: processors fetch them in pairs, and a waiting rank must not slow its neighbour.
 CELL_BYTES = 128
@@ -28,6 +29,8 @@ _CELL_WORDS = CELL_BYTES // 8
 _LOOK_S = 0.1
 # Between two looks of ours: if more has passed, it was we who were stopped, and nobody is late.
 _OWN_STOP_S = 1.0
+# A process that has been stopped (SIGSTOP) for so long, while this one was not, is not coming back.
+_FROZEN_S = 3.0
 _LONGEST_NAP_S = 1e-3
 
 
@@ -64,6 +67,18 @@ class Patience:
         return cls(0.0, 500e-6, 20e-6) if is_crowded else cls(20e-6, 2e-3, 50e-6)
 
 
+class Presence(Protocol):
+    """What is known of the processes of ranks, by their names."""
+
+    def is_running(self, rank: int) -> bool:
+        """Whether its process is there."""
+        ...
+
+    def is_stopped(self, rank: int) -> bool:
+        """Whether its process is there and was stopped by a signal."""
+        ...
+
+
 class Signals:
     """The numbers of all ranks, and this rank's waits for those of the others.
 
@@ -71,7 +86,6 @@ class Signals:
         memory: room for `num_bytes(size)` bytes, zero at first.
         names: how messages call each rank.
         timeout_s: deadline of one wait.
-        is_alive: whether the process of a rank, given by its name, still runs.
     """
 
     def __init__(
@@ -79,13 +93,13 @@ class Signals:
         memory: memoryview,
         names: Sequence[int],
         timeout_s: float,
-        is_alive: Callable[[int], bool],
+        presence: Presence,
         patience: Patience,
     ) -> None:
         self._words = memory.cast("Q")
         self._names = names
         self._timeout_s = timeout_s
-        self._is_alive = is_alive
+        self._presence = presence
         self._patience = patience
 
     @staticmethod
@@ -113,7 +127,8 @@ class Signals:
         """Return once all these numbers have reached the value.
 
         Raises:
-            AbsentError: the process of a rank that is waited for is gone, or the deadline passed.
+            AbsentError: the process of a rank that is waited for is gone, or stays stopped, or the
+                deadline passed.
         """
         words = self._words
         for cell in cells:
@@ -138,14 +153,20 @@ class Signals:
     def _sleep_until(self, cells: Sequence[int], value: int) -> None:
         nap_s, seen_at = self._patience.nap_s, time.monotonic()
         deadline, look_at = seen_at + self._timeout_s, seen_at
+        ran_at = seen_at  # when none of those who are late was seen stopped
         while late := [cell for cell in cells if self._words[cell * _CELL_WORDS] < value]:
             now = time.monotonic()
             if now - seen_at > _OWN_STOP_S:
                 deadline += now - seen_at
+                ran_at = now
             seen_at = now
             if now >= look_at:
                 look_at = now + _LOOK_S
                 self._check_alive(late, value)
+                stopped = [cell for cell in late if self._presence.is_stopped(self._name(cell))]
+                ran_at = ran_at if stopped else now
+                if now - ran_at > _FROZEN_S:
+                    raise AbsentError(f"{self._named(stopped)} was stopped by a signal")
             if now > deadline:
                 text = f"{self._named(late)} did not come within {self._timeout_s:g} s"
                 raise AbsentError(text)
@@ -153,15 +174,16 @@ class Signals:
             nap_s = min(nap_s * 1.5, _LONGEST_NAP_S)
 
     def _check_alive(self, late: Sequence[int], value: int) -> None:
-        gone = [cell for cell in late if not self._is_alive(self._names[self._owner(cell)])]
+        gone = [cell for cell in late if not self._presence.is_running(self._name(cell))]
         # It may have come, and then ended in good order, between our two questions.
         gone = [cell for cell in gone if self._words[cell * _CELL_WORDS] < value]
         if gone:
             raise AbsentError(f"{self._named(gone)} is gone")
 
-    def _owner(self, cell: int) -> int:
+    def _name(self, cell: int) -> int:
+        """The name of the rank that raises this number."""
         size = len(self._names)
-        return cell if cell < size else (cell // size - 1) % size
+        return self._names[cell if cell < size else (cell // size - 1) % size]
 
     def _named(self, cells: Sequence[int]) -> str:
-        return f"rank {', '.join(str(self._names[self._owner(cell)]) for cell in cells)}"
+        return f"rank {', '.join(str(self._name(cell)) for cell in cells)}"
