@@ -9,6 +9,7 @@ from pathlib import Path
 
 from launcher.cores import divide, read_wishes
 from launcher.environment import WorkerEnvironment, decide_size, seen_variables
+from launcher.kernels import fastest, survey
 from launcher.resolve import DEMO_TP
 from launcher.schema import Config
 from launcher.topology import Topology, allowed_cpus, format_cpus, read_topology
@@ -32,6 +33,7 @@ def run(config: Config, environment: WorkerEnvironment) -> None:
         **_cores(config, environment, size),
         "shared memory": _shared_memory(),
         **_libraries(),
+        **_kernels(),
         **{f"${name}": value for name, value in seen_variables(os.environ).items()},
     }
     for name, value in lines.items():
@@ -80,6 +82,30 @@ def _shared_memory() -> str:
     return f"{usage.f_bavail * usage.f_frsize / 1e9:.1f} GB free in /dev/shm"
 
 
+def _kernels() -> dict[str, str]:
+    """Which products with int8 weights work here, their speed, and which `kernel=auto` takes."""
+    found = survey()
+    chosen = ", ".join(f"{fastest(found, scheme)} for {scheme}" for scheme in ("w8a16", "w8a8"))
+    size = found["shape"][0] * found["shape"][1]
+    lines = {"int8 kernel": f"{chosen} (kernel=auto; all give the same bits)"}
+    for name, entry in found["kernels"].items():
+        detail = f"{entry['detail']}; " if entry["detail"] else ""
+        speeds = detail + "; ".join(
+            f"{scheme} {_speeds(ms, size, 1)}" for scheme, ms in entry["ms"].items()
+        )
+        lines[f"  {name}"] = entry["problem"] or speeds or "works everywhere, slowly"
+    for dtype, ms in found["unquantized"].items():
+        lines[f"  {dtype}"] = f"not quantized; {_speeds(ms, size, 4 if dtype == 'float32' else 2)}"
+    return lines
+
+
+def _speeds(ms: dict[str, float], num_weights: int, num_bytes: int) -> str:
+    """Of one row, whose limit is reading, and of many, whose limit is computing."""
+    read = num_weights * num_bytes / ms["1"] / 1e6
+    computed = 2 * 128 * num_weights / ms["128"] / 1e9
+    return f"{read:.0f} GB/s at 1 row, {computed:.2f} TOP/s at 128"
+
+
 def _libraries() -> dict[str, str]:
     import torch
 
@@ -92,6 +118,5 @@ def _libraries() -> dict[str, str]:
         "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "native bfloat16": "yes" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no",
         "GPUs": ", ".join(gpus) or "none",
-        "int8 kernel": "reference (blockwise float32)",
         "collectives": in_words(),
     }
