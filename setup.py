@@ -9,12 +9,14 @@ import sys
 
 from setuptools import Extension, setup
 
+NATIVE = "quant/kernels/native"
+
 setup(
     ext_modules=[
         Extension(
             "quant.kernels.native._native",
-            ["quant/kernels/native/int8.c", "quant/kernels/native/bfloat16.c"],
-            depends=["quant/kernels/native/tile.h", "quant/kernels/native/types.h"],
+            [f"{NATIVE}/{name}.c" for name in ("int8", "bfloat16", "attention")],
+            depends=[f"{NATIVE}/{name}.h" for name in ("tile", "attend", "types")],
             extra_compile_args=[
                 "-O3",
                 "-ffp-contract=off",  # the same bits on every processor

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from parallel.layers import (
 )
 from parallel.model.config import ModelConfig
 from parallel.model.rope import cos_sin_table, rotate
+from quant.attention import decode_attention
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,11 @@ class StepContext:
     sin_T1C: Tensor
     masks: tuple[Tensor | None, ...]
 
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Decode: how many positions each token sees, its own among them."""
+        return self.step.positions_T + 1
+
 
 @dataclass(frozen=True)
 class RMSNorm:
@@ -138,17 +145,9 @@ class Attention:
         return out_KGTC.permute(2, 0, 1, 3).flatten(1, 2)
 
     def decode(self, q_BHC: Tensor, context: StepContext, cache: KVCache) -> Tensor:
-        """One token a sequence: the G query heads of a kv head are its rows of queries, so that a
-        key is read once for all of them.
-        """
+        """One token a sequence."""
         k_BKLC, v_BKLC = cache.rows(self.layer, q_BHC.shape[0], context.step.length)
-        q_BKGC = q_BHC.unflatten(1, (k_BKLC.shape[1], -1))
-        num_groups = q_BKGC.shape[2]
-        if num_groups == 1 and q_BKGC.device.type == "cpu" and q_BKGC.itemsize == 2:
-            # torch multiplies two rows of 16 bits in half the time of one.
-            q_BKGC = q_BKGC.expand(-1, -1, 2, -1)
-        out_BKGC = F.scaled_dot_product_attention(q_BKGC, k_BKLC, v_BKLC, context.masks[0])
-        return out_BKGC[:, :, :num_groups].flatten(1, 2)
+        return decode_attention(q_BHC, k_BKLC, v_BKLC, context.lengths, context.masks[0])
 
 
 @dataclass(frozen=True)

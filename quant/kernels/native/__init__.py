@@ -18,6 +18,7 @@ from quant.activations import num_levels
 from quant.weight import PackedWeight, QuantizedWeight, ReadyWeight, Weight
 
 BLOCK = 32  # as in int8.c
+MAX_CHANNELS, MAX_GROUP = 256, 16  # as in attention.c
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int32: 2, torch.int64: 3}
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
@@ -108,6 +109,38 @@ def linear_bfloat16(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> T
     return out_MN
 
 
+def attend(q_BHC: Tensor, keys_BKLC: Tensor, values_BKLC: Tensor, lengths_B: Tensor) -> Tensor:
+    """Decode attention, [B, H, C]: each head's query over the first positions of its sequence.
+
+    Args:
+        keys_BKLC, values_BKLC: views of the cache with the same strides; H is a multiple of K.
+        lengths_B: int64, positions in use of each sequence, 1 to L.
+    """
+    batch, heads, channels = q_BHC.shape
+    groups = heads // keys_BKLC.shape[1]
+    out_BHC = torch.empty(batch, heads, channels, dtype=q_BHC.dtype)
+    library().shardrun_attend(
+        max(instruction_sets().values()), q_BHC.data_ptr(), *q_BHC.stride()[:2],
+        keys_BKLC.data_ptr(), values_BKLC.data_ptr(), _TYPES[q_BHC.dtype], *keys_BKLC.stride()[:2],
+        lengths_B.data_ptr(), batch, keys_BKLC.shape[1], groups, channels, out_BHC.data_ptr(),
+    )  # fmt: skip
+    return out_BHC
+
+
+def can_attend(q_BHC: Tensor, keys_BKLC: Tensor) -> bool:
+    """Whether `attend` takes tensors of these shapes and dtypes, and the library is there."""
+    _, heads, channels = q_BHC.shape
+    return (
+        q_BHC.device.type == "cpu"
+        and q_BHC.dtype in (torch.float32, torch.bfloat16)
+        and channels % 16 == 0
+        and channels <= MAX_CHANNELS
+        and heads // keys_BKLC.shape[1] <= MAX_GROUP
+        and q_BHC.stride(2) == 1
+        and is_available()
+    )
+
+
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -164,5 +197,10 @@ def library() -> ctypes.CDLL:
     found.shardrun_bfloat16.restype = None
     found.shardrun_bfloat16.argtypes = [
         _INT, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER,
+    ]  # fmt: skip
+    found.shardrun_attend.restype = None
+    found.shardrun_attend.argtypes = [
+        _INT, _POINTER, _SIZE, _SIZE, _POINTER, _POINTER, _INT, _SIZE, _SIZE, _POINTER,
+        _SIZE, _SIZE, _SIZE, _SIZE, _POINTER,
     ]  # fmt: skip
     return found

@@ -189,10 +189,6 @@ void shardrun_pack(const int8_t *src, int64_t stride, int64_t N, int64_t K, int8
 
 /* ---- activations ---- */
 
-static inline float widen(const void *x, int type, int64_t i) {
-    return type == FLOAT32 ? ((const float *)x)[i] : widen_bfloat16(((const uint16_t *)x)[i]);
-}
-
 /* The largest absolute value of a row; a NaN counts as larger than all. */
 #define ROW_FUNCTIONS(SUFFIX, ATTRIBUTE, TYPE)                                                    \
     ATTRIBUTE static float row_amax_##SUFFIX(const void *x, int64_t K) {                          \

@@ -22,4 +22,8 @@ static inline uint16_t to_bfloat16(float value) {
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16); /* ties to even */
 }
 
+static inline float widen(const void *x, int type, int64_t i) {
+    return type == FLOAT32 ? ((const float *)x)[i] : widen_bfloat16(((const uint16_t *)x)[i]);
+}
+
 #endif
