@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -96,6 +97,8 @@ class Contender:
 
 def main() -> int:
     options, words = _options()
+    # The models are gigabytes: they are removed also when we are told to end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(dir=options.work_dir, prefix="peers-") as folder:
         setting = _setting(options, words, Path(folder))
         wanted = _contenders(setting, options.tp)
