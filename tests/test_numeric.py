@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quant.linear import linear
-from quant.numeric import channel_scale, dequantize, quantize_int8, quantize_per_channel
+from quant.numeric import channel_scale, dequantize, quantize_per_channel
 from quant.scheme import QuantError, QuantScheme
 from quant.weight import QuantizedWeight
 
@@ -74,7 +74,7 @@ def test_quantizing_leaves_its_input_alone():
     """The input may be the mapped file of a checkpoint that is read again."""
     weight = random_weight()
     before = weight.clone()
-    quantize_int8(weight, channel_scale(weight, torch.float32))
+    channel_scale(weight, torch.float32)
     quantize_per_channel(weight)
     assert torch.equal(weight, before)
 
