@@ -41,6 +41,7 @@ CONF = Path(__file__).parents[1] / "conf" / "model"
 SCHEMES = {
     "none": QuantScheme(),
     "w8a16": QuantScheme(quant_method="rtn", weight_dtype="int8"),
+    "w8a8": QuantScheme(quant_method="rtn", weight_dtype="int8", activation_dtype="int8"),
 }
 
 

@@ -30,8 +30,6 @@
 #define CHUNK 512 /* columns whose sum fits int32: 512 * 32258 * 128 < 2^31; 16 KB of weights */
 #define AHEAD 32  /* pairs of columns (64 bytes of weights each) that one row's product fetches ahead */
 #define PANEL 48  /* rows whose sums a thread holds at a time */
-#define GROUP 4   /* blocks that share the rows in cache */
-#define STREAM 16 /* so few rows stay in cache anyway: blocks go one by one, in one stream */
 
 /* ---- one tile for each instruction set ---- */
 
@@ -298,31 +296,24 @@ static void finish(const product_t *p, int64_t m, int64_t n0, int64_t *sums, con
         for (int64_t n = 0; n < count; n++) ((uint16_t *)p->out)[at + n] = to_bfloat16(values[n]);
 }
 
-/* Some blocks of channels times some rows: the rows' pieces stay in cache for all the blocks. */
-static void multiply(const product_t *p, int64_t block0, int64_t num_blocks, int64_t m0, int64_t rows) {
-    int64_t sums[GROUP][2 * PANEL * BLOCK];
-    for (int64_t b = 0; b < num_blocks; b++)
-        memset(sums[b], 0, p->num_planes * rows * BLOCK * sizeof(int64_t));
-    int64_t num_pairs = (p->K + 1) / 2;
+/* One block of channels times some rows. */
+static void multiply(const product_t *p, int64_t block, int64_t m0, int64_t rows) {
+    int64_t sums[2 * PANEL * BLOCK], num_pairs = (p->K + 1) / 2;
+    memset(sums, 0, p->num_planes * rows * BLOCK * sizeof *sums);
+    /* The planes of all rows lie behind one another and are multiplied as one. */
+    int64_t at_once = rows == p->M ? p->num_planes : 1;
     for (int64_t k = 0; k < num_pairs; k += CHUNK / 2) {
         int64_t pairs = num_pairs - k < CHUNK / 2 ? num_pairs - k : CHUNK / 2;
-        for (int64_t b = 0; b < num_blocks; b++) {
-            const int8_t *w = p->packed + ((block0 + b) * num_pairs + k) * 2 * BLOCK;
-            const int8_t *next = b + 1 < num_blocks ? w + num_pairs * 2 * BLOCK
-                                                    : w + 2 * BLOCK * (pairs - b * num_pairs);
-            /* The planes of all rows lie behind one another and are multiplied as one. */
-            int64_t at_once = rows == p->M ? p->num_planes : 1;
-            for (int64_t plane = 0; plane < p->num_planes; plane += at_once)
-                p->block(
-                    w, p->q + (plane * p->M + m0) * p->stride + 2 * k, p->stride, at_once * rows,
-                    pairs, sums[b] + plane * rows * BLOCK, next);
-        }
+        const int8_t *w = p->packed + (block * num_pairs + k) * 2 * BLOCK;
+        for (int64_t plane = 0; plane < p->num_planes; plane += at_once)
+            p->block(
+                w, p->q + (plane * p->M + m0) * p->stride + 2 * k, p->stride, at_once * rows, pairs,
+                sums + plane * rows * BLOCK, w + 2 * BLOCK * pairs);
     }
-    for (int64_t b = 0; b < num_blocks; b++)
-        for (int64_t m = 0; m < rows; m++)
-            finish(
-                p, m0 + m, (block0 + b) * BLOCK, sums[b] + m * BLOCK,
-                p->num_planes == 2 ? sums[b] + (rows + m) * BLOCK : 0);
+    for (int64_t m = 0; m < rows; m++)
+        finish(
+            p, m0 + m, block * BLOCK, sums + m * BLOCK,
+            p->num_planes == 2 ? sums + (rows + m) * BLOCK : 0);
 }
 
 /* out = x @ W.T * scale + bias.
@@ -343,7 +334,6 @@ void shardrun_linear(
                    packed, scale, bias, out, out_type};
     row_functions_t f = row_functions(set, x_type);
     int64_t size = x_type == FLOAT32 ? 4 : 2, num_blocks = (N + BLOCK - 1) / BLOCK;
-    int64_t group = M <= STREAM ? 1 : GROUP, num_groups = (num_blocks + group - 1) / group;
 #pragma omp parallel if (N * K * M > 65536)
     {
 #pragma omp for schedule(static)
@@ -351,12 +341,10 @@ void shardrun_linear(
             row_scale[m] = quantize_row(
                 f, (const char *)x + m * x_stride * size, K, (float)levels, q + m * stride,
                 num_planes == 2 ? q + (M + m) * stride : 0, amax ? amax + m : 0);
-#pragma omp for schedule(static) nowait
-        for (int64_t g = 0; g < num_groups; g++) {
-            int64_t first = g * group;
-            int64_t blocks = num_blocks - first < group ? num_blocks - first : group;
+/* A core that others use too takes fewer blocks. */
+#pragma omp for schedule(dynamic, 4) nowait
+        for (int64_t block = 0; block < num_blocks; block++)
             for (int64_t m = 0; m < M; m += PANEL)
-                multiply(&p, first, blocks, m, M - m < PANEL ? M - m : PANEL);
-        }
+                multiply(&p, block, m, M - m < PANEL ? M - m : PANEL);
     }
 }

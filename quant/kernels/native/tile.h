@@ -24,7 +24,7 @@ TARGET static inline __attribute__((always_inline)) void NAME(tile)(
     V low[ROWS], high[ROWS];
     for (int m = 0; m < rows; m++) low[m] = high[m] = ZERO();
     for (int64_t k = 0; k < num_pairs; k++) {
-        __builtin_prefetch(ahead + k * ahead_step, 0, 2);
+        __builtin_prefetch(ahead + k * ahead_step, 0, 3);
         W w_low = LOAD_W(w + 2 * BLOCK * k), w_high = LOAD_W(w + 2 * BLOCK * k + 2 * LANES);
         for (int m = 0; m < rows; m++) {
             W pair = LOAD_X(x + m * x_stride + 2 * k);
