@@ -1,8 +1,8 @@
 """How the ranks of a job meet: a store, a rank for each, and a deadline that names who is missing.
 
-The store is a TCPStore. Its host is torchrun's agent, MindSpore's scheduler process, or rank 0
-(our own start, Slurm, MPI). There is no constant port: rank 0 takes a free one and
-leaves it in a file that only this job's ranks look for.
+The store is a TCPStore. Its host is torch elastic's agent (torchrun's, or that of our own start),
+MindSpore's scheduler process, or rank 0 (Slurm, MPI). There is no constant port: rank 0 takes a free
+one and leaves it in a file that only this job's ranks look for.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ def _uses_agent_store() -> bool:
 def _store_host(environment: WorkerEnvironment) -> str:
     if environment.launcher == "mindspore":
         return "the scheduler"
-    return "torchrun's agent" if _uses_agent_store() else "rank 0"
+    return "torch elastic's agent" if _uses_agent_store() else "rank 0"
 
 
 @contextmanager

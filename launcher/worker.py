@@ -1,6 +1,6 @@
 """The life of one rank: arrive, meet the others, do the task's part, say goodbye.
 
-`run_started` is for ranks that we start (launcher/workers.py), `run_external` for ranks that
+`run_started` is for ranks that we start (launcher/agent.py), `run_external` for ranks that
 torchrun, MindSpore, Slurm or MPI start.
 """
 
@@ -62,8 +62,6 @@ def run_started(
     """Entry point of a rank that we started: its output goes to its log, its error to a record."""
     timeline.mark("import_torch", _IMPORTED_AT)
     timeline.mark("start_ranks")
-    # Ctrl-C must end a rank also inside a collective, which Python's own handler waits for.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     run_dir, rank = RunDir(Path(run_path)), environment.rank
     assert rank is not None
     console = _redirect_output(run_dir.log(rank), rank)
@@ -73,7 +71,7 @@ def run_started(
         print(found.traceback, file=sys.stderr)
         found.write(run_dir.error(rank))
         if found.is_consequence:
-            # the launcher stops all ranks when it sees one end: it must see the first before it sees us.
+            # elastic stops all ranks when it sees one end: it must see the first before it sees us.
             time.sleep(_AFTER_THE_CAUSE_S)
         return EXIT_FAILED
 

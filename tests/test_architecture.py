@@ -23,7 +23,8 @@ LAYERS = {
 # Who alone may import, or use, what.
 DOORS = {
     "torch.distributed": (
-        "parallel/collectives/network.py", "launcher/collectives.py", "launcher/presence.py",
+        "parallel/collectives/network.py", "launcher/agent.py", "launcher/collectives.py",
+        "launcher/presence.py",
         "launcher/rendezvous.py", "launcher/watch.py", "launcher/worker.py",
     ),
     "safetensors": ("parallel/checkpoint/",),
@@ -31,7 +32,7 @@ DOORS = {
     "omegaconf": ("launcher/config.py",),
     "signal": ("launcher/",),
     "subprocess": ("launcher/",),
-    "multiprocessing": ("launcher/workers.py",),
+    "multiprocessing": ("launcher/agent.py", "launcher/workers.py"),
     "matplotlib": ("launcher/tasks/bench_plot.py",),
 }  # fmt: skip
 SOURCES = [path for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]

@@ -24,12 +24,18 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def start(
-    folder: Path, *arguments: str, command=COMMAND, stdin=None, **variables: str
+    folder: Path,
+    *arguments: str,
+    command=COMMAND,
+    stdin=None,
+    process_group=None,
+    **variables: str,
 ) -> subprocess.Popen:
     return subprocess.Popen(
         [*command, *arguments],
         cwd=folder,
         stdin=stdin,
+        process_group=process_group,
         env=environment(**variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -75,18 +81,27 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+def agent_of(pid: int) -> int:
+    """Pid of the agent: grandchild of the launcher, child of its forkserver."""
+    (agent,) = [pid for child in children_of(pid) for pid in children_of(child)]
+    return agent
+
+
 def workers_of(pid: int) -> list[int]:
-    """Pids of the ranks: grandchildren of the launcher, children of its forkserver."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            parents[int(entry.name)] = int(fields[1])
-    children = {child for child, parent in parents.items() if parent == pid}
-    return sorted(child for child, parent in parents.items() if parent in children)
+    """Pids of the ranks: children of the launcher's agent."""
+    return children_of(agent_of(pid))
+
+
+def children_of(pid: int) -> list[int]:
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return sorted(map(int, path.read_text().split()))
+
+
+def wait_until_gone(pids: list[int]) -> None:
+    deadline = time.monotonic() + 10
+    while not all(map(is_gone, pids)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert all(map(is_gone, pids))
 
 
 def wait_for_text(process: subprocess.Popen) -> str:
@@ -251,18 +266,56 @@ def test_signal_to_the_launcher_ends_the_ranks(launch, tmp_path, sent, status):
     assert all(is_gone(pid) for pid in workers)
 
 
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_to_every_process_of_a_run_ends_it_as_one_to_the_launcher(
+    launch, tmp_path, sent, status
+):
+    """Ctrl-C in a terminal, scancel: who supervises must not be shot at while it stops the ranks."""
+    process = launch(tmp_path, *LONG, process_group=0)
+    wait_for_text(process)
+    agent, workers = agent_of(process.pid), workers_of(process.pid)
+    os.killpg(process.pid, sent)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == status
+    assert err == ""
+    wait_until_gone([agent, *workers])
+
+
+def test_signal_while_torch_is_imported_leaves_nobody(launch, tmp_path):
+    process = launch(tmp_path, *LONG)
+    while not list(tmp_path.glob("outputs/*/*/run.yaml")) and process.poll() is None:
+        time.sleep(0.01)
+    servers = children_of(process.pid)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert err == ""
+    wait_until_gone(servers)
+
+
 def test_killed_launcher_takes_its_ranks_along(launch, tmp_path):
-    """It can stop nobody any more: they see for themselves that it is gone."""
+    """It can stop nobody any more: the agent sees for itself that it is gone."""
     process = launch(tmp_path, *LONG)
     wait_for_text(process)
-    workers = workers_of(process.pid)
+    agent, workers = agent_of(process.pid), workers_of(process.pid)
     assert len(workers) == 2
     process.kill()
     process.wait(timeout=10)
-    deadline = time.monotonic() + 10
-    while not all(is_gone(pid) for pid in workers) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert all(is_gone(pid) for pid in workers)
+    wait_until_gone([*workers, agent])
+
+
+def test_killed_agent_is_named_and_takes_its_ranks_along(launch, tmp_path):
+    segments = set(os.listdir("/dev/shm"))
+    process = launch(tmp_path, *LONG)
+    wait_for_text(process)
+    agent, workers = agent_of(process.pid), workers_of(process.pid)
+    os.kill(agent, signal.SIGKILL)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    says = f"the agent of the ranks (pid {agent}) was ended by signal 9 (SIGKILL)"
+    assert says in err.splitlines()[0]
+    wait_until_gone(workers)
+    assert set(os.listdir("/dev/shm")) <= segments
 
 
 def test_stopped_rank_is_killed_with_the_run(launch, tmp_path):
@@ -292,8 +345,8 @@ def test_terminated_prepare_leaves_nothing_half_written(launch, tmp_path):
     assert set(os.listdir(tmp_path)) - before <= {"out"}
 
 
-def test_two_runs_at_once_do_not_meet(plain, launch, tmp_path):
-    folders = [tmp_path / "a", tmp_path / "b"]
+def test_four_runs_at_once_do_not_meet(plain, launch, tmp_path):
+    folders = [tmp_path / name for name in "abcd"]
     for folder in folders:
         folder.mkdir()
     processes = [launch(folder) for folder in folders]
