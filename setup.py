@@ -6,6 +6,7 @@ the library that torch brings, so that both share one pool of threads.
 """
 
 import sys
+from glob import glob
 
 from setuptools import Extension, setup
 
@@ -15,8 +16,8 @@ setup(
     ext_modules=[
         Extension(
             "quant.kernels.native._native",
-            [f"{NATIVE}/{name}.c" for name in ("int8", "bfloat16", "attention")],
-            depends=[f"{NATIVE}/{name}.h" for name in ("tile", "attend", "types")],
+            [f"{NATIVE}/{name}.c" for name in ("int8", "bfloat16", "attention", "elementwise")],
+            depends=sorted(glob(f"{NATIVE}/*.h")),
             extra_compile_args=[
                 "-O3",
                 "-ffp-contract=off",  # the same bits on every processor

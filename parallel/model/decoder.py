@@ -24,8 +24,9 @@ from parallel.layers import (
     VocabParallelHead,
 )
 from parallel.model.config import ModelConfig
-from parallel.model.rope import cos_sin_table, rotate
+from parallel.model.rope import cos_sin_table
 from quant.attention import decode_attention
+from quant.elementwise import rms_norm, rotate, silu_product
 
 
 @dataclass(frozen=True)
@@ -94,14 +95,14 @@ class StepContext:
 
 @dataclass(frozen=True)
 class RMSNorm:
-    """Zhang and Sennrich (2019); the mean square is taken in float32."""
+    """The norm of a residual stream that first takes up what the last product adds to it."""
 
     weight_D: Tensor
     eps: float
 
-    def __call__(self, x_TD: Tensor) -> Tensor:
-        # Rounded to the compute dtype before the weight, as in transformers.
-        return self.weight_D * torch.rms_norm(x_TD, self.weight_D.shape, None, self.eps)
+    def __call__(self, x_TD: Tensor, delta_TD: Tensor | None) -> Tensor:
+        """The norm of x, after `x += delta` in place where there is one."""
+        return rms_norm(x_TD, self.weight_D, self.eps, delta_TD)
 
 
 @dataclass(frozen=True)
@@ -114,14 +115,15 @@ class Attention:
     o_proj: RowParallelLinear
 
     def __call__(self, x_TD: Tensor, context: StepContext, cache: KVCache) -> Tensor:
-        qkv_TEC = self.qkv_proj(x_TD).unflatten(1, (-1, self.head_dim))
         num_heads, num_kv_heads, _ = (size // self.head_dim for size in self.qkv_proj.local_sizes)
+        qkv = self.qkv_proj(x_TD)
         # q and k lie side by side: one rotation turns both.
-        qk_TEC = rotate(qkv_TEC[:, :-num_kv_heads], context.cos_T1C, context.sin_T1C)
-        v_TKC = qkv_TEC[:, -num_kv_heads:]
-        cache.write(self.layer, context.step.slots_T, qk_TEC[:, num_heads:], v_TKC)
+        rotate(qkv, num_heads + num_kv_heads, context.cos_T1C, context.sin_T1C)
+        qkv_TEC = qkv.unflatten(1, (-1, self.head_dim))
+        q_THC, k_TKC, v_TKC = qkv_TEC.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+        cache.write(self.layer, context.step.slots_T, k_TKC, v_TKC)
         attend = self.prefill if context.step.segments else self.decode
-        return self.o_proj(attend(qk_TEC[:, :num_heads], context, cache).flatten(1))
+        return self.o_proj(attend(q_THC, context, cache).flatten(1))
 
     def prefill(self, q_THC: Tensor, context: StepContext, cache: KVCache) -> Tensor:
         runs = [
@@ -158,8 +160,8 @@ class MLP:
     down_proj: RowParallelLinear
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        gate_TF, up_TF = self.gate_up_proj(x_TD).split(self.gate_up_proj.local_sizes, dim=1)
-        return self.down_proj(F.silu(gate_TF).mul_(up_TF))
+        gate_size, up_size = self.gate_up_proj.local_sizes
+        return self.down_proj(silu_product(self.gate_up_proj(x_TD), (gate_size, up_size)))
 
 
 @dataclass(frozen=True)
@@ -169,10 +171,17 @@ class DecoderLayer:
     post_attention_layernorm: RMSNorm
     mlp: MLP
 
-    def __call__(self, x_TD: Tensor, context: StepContext, cache: KVCache) -> Tensor:
-        # The first sum is a tensor of this layer's own, which the second may overwrite.
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), context, cache)
-        return x_TD.add_(self.mlp(self.post_attention_layernorm(x_TD)))
+    def __call__(
+        self, x_TD: Tensor, delta_TD: Tensor | None, context: StepContext, cache: KVCache
+    ) -> Tensor:
+        """What this layer adds to the residual stream x at its end.
+
+        Args:
+            x_TD: overwritten by the sums before that.
+            delta_TD: what the layer before this one adds.
+        """
+        delta_TD = self.self_attn(self.input_layernorm(x_TD, delta_TD), context, cache)
+        return self.mlp(self.post_attention_layernorm(x_TD, delta_TD))
 
 
 class Decoder:
@@ -216,11 +225,13 @@ class Decoder:
             score_masks(step, self.dtype),
         )
         x_TD = self.embed_tokens(step.token_ids_T)
+        delta_TD = None
         for layer in self.layers:
-            x_TD = layer(x_TD, context, cache)
+            delta_TD = layer(x_TD, delta_TD, context, cache)
         if step.select_S.numel() == 0:
             return None
-        return self.lm_head(self.norm(x_TD[step.select_S]))
+        assert delta_TD is not None, "a model has layers"
+        return self.lm_head(self.norm(x_TD[step.select_S], delta_TD[step.select_S]))
 
     def new_cache(self, num_rows: int, max_length: int) -> KVCache:
         """A cache for this rank's kv heads, in the compute dtype."""

@@ -24,18 +24,12 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 def cos_sin_table(config: ModelConfig, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of every angle, [length, 1, head_dim], computed in float32, stored as `dtype`.
 
-    The first half of the sines is negative, as `rotate` wants it.
+    The first half of the sines is negative, as quant.elementwise.rotate wants it.
     """
     positions = torch.arange(length, dtype=torch.float32)
     angles = torch.outer(positions, inverse_frequencies(config)).unsqueeze(1)
     cos, sin = angles.cos().repeat(1, 1, 2), angles.sin()
     return cos.to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
-
-
-def rotate(x_THC: Tensor, cos_T1C: Tensor, sin_T1C: Tensor) -> Tensor:
-    """Turn [tokens, heads, head_dim] by each token's angles, as `cos_sin_table` has them."""
-    turned_THC = x_THC.roll(x_THC.shape[-1] // 2, -1)
-    return (x_THC * cos_T1C).addcmul_(turned_THC, sin_T1C)
 
 
 def _scaled(plain: Tensor, scaling: RopeScaling) -> Tensor:

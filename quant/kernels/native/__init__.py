@@ -21,6 +21,30 @@ BLOCK = 32  # as in int8.c
 MAX_CHANNELS, MAX_GROUP = 256, 16  # as in attention.c
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int32: 2, torch.int64: 3}
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+# The functions of the library and their arguments; the C files say what they mean.
+_FUNCTIONS = {
+    "shardrun_set_name": (_INT,),
+    "shardrun_set_works": (_INT,),
+    "shardrun_pack": (_POINTER, _SIZE, _SIZE, _SIZE, _POINTER),
+    "shardrun_linear": (
+        _INT, _POINTER, _INT, _SIZE, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER,
+        _POINTER, _POINTER, _INT, _POINTER,
+    ),
+    "shardrun_bfloat16": (
+        _INT, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER,
+    ),
+    "shardrun_attend": (
+        _INT, _POINTER, _SIZE, _SIZE, _POINTER, _POINTER, _INT, _SIZE, _SIZE, _POINTER, _SIZE,
+        _SIZE, _SIZE, _SIZE, _POINTER,
+    ),
+    "shardrun_rms_norm": (
+        _INT, _POINTER, _POINTER, _POINTER, _INT, _SIZE, _SIZE, ctypes.c_float, _POINTER,
+    ),
+    "shardrun_silu_product": (_INT, _POINTER, _INT, _SIZE, _SIZE, _POINTER),
+    "shardrun_rotate": (
+        _INT, _POINTER, _INT, _SIZE, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER,
+    ),
+}  # fmt: skip
 
 
 class NativeKernel:
@@ -103,7 +127,7 @@ def linear_bfloat16(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> T
     bias_N = None if bias_N is None else bias_N.float().contiguous()
     out_MN = torch.empty(x_MK.shape[0], weight_NK.shape[0])
     library().shardrun_bfloat16(
-        max(instruction_sets().values()), x_MK.data_ptr(), x_MK.stride(0), *x_MK.shape,
+        _widest(), x_MK.data_ptr(), x_MK.stride(0), *x_MK.shape,
         weight_NK.data_ptr(), weight_NK.shape[0], _address(bias_N), out_MN.data_ptr(),
     )  # fmt: skip
     return out_MN
@@ -120,11 +144,50 @@ def attend(q_BHC: Tensor, keys_BKLC: Tensor, values_BKLC: Tensor, lengths_B: Ten
     groups = heads // keys_BKLC.shape[1]
     out_BHC = torch.empty(batch, heads, channels, dtype=q_BHC.dtype)
     library().shardrun_attend(
-        max(instruction_sets().values()), q_BHC.data_ptr(), *q_BHC.stride()[:2],
+        _widest(), q_BHC.data_ptr(), *q_BHC.stride()[:2],
         keys_BKLC.data_ptr(), values_BKLC.data_ptr(), _TYPES[q_BHC.dtype], *keys_BKLC.stride()[:2],
         lengths_B.data_ptr(), batch, keys_BKLC.shape[1], groups, channels, out_BHC.data_ptr(),
     )  # fmt: skip
     return out_BHC
+
+
+def rms_norm(x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float) -> Tensor:
+    """`weight * (x / rms(x))`, after `x += delta` in place where there is one."""
+    out_TD = torch.empty_like(x_TD)
+    library().shardrun_rms_norm(
+        _widest(), x_TD.data_ptr(), _address(delta_TD), weight_D.data_ptr(), _TYPES[x_TD.dtype],
+        *x_TD.shape, eps, out_TD.data_ptr(),
+    )  # fmt: skip
+    return out_TD
+
+
+def silu_product(gate_up_TF: Tensor) -> Tensor:
+    """`silu(gate) * up` of rows that hold gate and up side by side, [T, F / 2]."""
+    num_rows, width = gate_up_TF.shape
+    out_TF = torch.empty(num_rows, width // 2, dtype=gate_up_TF.dtype)
+    library().shardrun_silu_product(
+        _widest(), gate_up_TF.data_ptr(), _TYPES[out_TF.dtype], *out_TF.shape, out_TF.data_ptr()
+    )
+    return out_TF
+
+
+def rotate(x_TE: Tensor, num_heads: int, cos_T1C: Tensor, sin_T1C: Tensor) -> None:
+    """Turn the first heads of each row in place."""
+    library().shardrun_rotate(
+        _widest(), x_TE.data_ptr(), _TYPES[x_TE.dtype], x_TE.stride(0), x_TE.shape[0], num_heads,
+        cos_T1C.shape[-1], cos_T1C.data_ptr(), sin_T1C.data_ptr(),
+    )  # fmt: skip
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether the library is there and computes with tensors of this kind: contiguous, on the CPU."""
+    first = tensors[0]
+    return (
+        first.dtype in (torch.float32, torch.bfloat16)
+        and first.device.type == "cpu"
+        and all(tensor.dtype == first.dtype and tensor.is_contiguous() for tensor in tensors)
+        and is_available()
+    )
 
 
 def can_attend(q_BHC: Tensor, keys_BKLC: Tensor) -> bool:
@@ -158,6 +221,12 @@ def instruction_sets() -> dict[str, int]:
     return found
 
 
+@cache
+def _widest() -> int:
+    return max(instruction_sets().values())
+
+
+@cache
 def is_available() -> bool:
     """Whether the library is there and can be loaded."""
     try:
@@ -184,23 +253,9 @@ def library() -> ctypes.CDLL:
     if path is None:
         raise OSError("not compiled: there was no C compiler when shardrun was installed")
     found = ctypes.CDLL(str(path))
+    for name, arguments in _FUNCTIONS.items():
+        function = getattr(found, name)
+        function.restype, function.argtypes = None, list(arguments)
     found.shardrun_set_name.restype = ctypes.c_char_p
-    found.shardrun_set_name.argtypes = [_INT]
-    found.shardrun_set_works.argtypes = [_INT]
-    found.shardrun_pack.restype = None
-    found.shardrun_pack.argtypes = [_POINTER, _SIZE, _SIZE, _SIZE, _POINTER]
-    found.shardrun_linear.restype = None
-    found.shardrun_linear.argtypes = [
-        _INT, _POINTER, _INT, _SIZE, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER,
-        _POINTER, _POINTER, _INT, _POINTER,
-    ]  # fmt: skip
-    found.shardrun_bfloat16.restype = None
-    found.shardrun_bfloat16.argtypes = [
-        _INT, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER,
-    ]  # fmt: skip
-    found.shardrun_attend.restype = None
-    found.shardrun_attend.argtypes = [
-        _INT, _POINTER, _SIZE, _SIZE, _POINTER, _POINTER, _INT, _SIZE, _SIZE, _POINTER,
-        _SIZE, _SIZE, _SIZE, _SIZE, _POINTER,
-    ]  # fmt: skip
+    found.shardrun_set_works.restype = _INT
     return found

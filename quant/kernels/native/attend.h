@@ -1,32 +1,6 @@
-/* Decode attention of one kv head, for one instruction set: NAME, TARGET, MULTIPLY_ADD as in
-   attention.c. Included once for each. */
+/* Decode attention of one kv head, for one instruction set; see vector.h. */
 
-/* Eight numbers as float32. */
-TARGET INLINE v8f NAME(load8)(const void *p, int type, int64_t at) {
-    if (type == FLOAT32) {
-        v8f value;
-        memcpy(&value, (const float *)p + at, sizeof value);
-        return value;
-    }
-    return WIDENED((const uint16_t *)p + at);
-}
-
-/* exp(x) for x <= 0: 2^n times a polynomial of the rest (Cephes), within 2 units of the last place. */
-TARGET INLINE v8f NAME(exp8)(v8f x) {
-    const float magic = 12582912.0f; /* adding 1.5 * 2^23 rounds to an integer */
-    for (int i = 0; i < 8; i++) x[i] = x[i] < -87.0f ? -87.0f : x[i]; /* a NaN stays */
-    v8f n = (x * 1.44269504088896341f + magic) - magic;
-    v8f r = MULTIPLY_ADD(x, n, (v8f){} - 0.693359375f);
-    r = MULTIPLY_ADD(r, n, (v8f){} + 2.12194440e-4f);
-    v8f y = (v8f){} + 1.9875691500e-4f;
-    y = MULTIPLY_ADD((v8f){} + 1.3981999507e-3f, y, r);
-    y = MULTIPLY_ADD((v8f){} + 8.3334519073e-3f, y, r);
-    y = MULTIPLY_ADD((v8f){} + 4.1665795894e-2f, y, r);
-    y = MULTIPLY_ADD((v8f){} + 1.6666665459e-1f, y, r);
-    y = MULTIPLY_ADD((v8f){} + 5.0000001201e-1f, y, r);
-    y = MULTIPLY_ADD(r + 1.0f, y, r * r);
-    return y * (v8f)((__builtin_convertvector(n, v8i) + 127) << 23);
-}
+#include "vector.h"
 
 /* scores[p] = q . keys[p], for `count` positions; q is scaled already. */
 TARGET INLINE void NAME(score)(
@@ -41,8 +15,7 @@ TARGET INLINE void NAME(score)(
             even = MULTIPLY_ADD(even, NAME(load8)(keys, type, row + c), left);
             odd = MULTIPLY_ADD(odd, NAME(load8)(keys, type, row + c + 8), right);
         }
-        v8f s = even + odd;
-        scores[p] = ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+        scores[p] = NAME(sum8)(even + odd);
     }
 }
 
@@ -78,8 +51,7 @@ TARGET INLINE float NAME(soften)(float *scores, int64_t count, float most) {
         memcpy(scores + p, &x, sizeof x);
         total += x;
     }
-    return ((total[0] + total[4]) + (total[2] + total[6])) +
-           ((total[1] + total[5]) + (total[3] + total[7]));
+    return NAME(sum8)(total);
 }
 
 /* Queries [G, C] over `length` positions. The softmax is kept up to date piece by piece (Milakov and
@@ -105,7 +77,4 @@ TARGET static void NAME(attend)(
         for (int64_t c = 0; c < C; c++) out[g * C + c] /= total[g];
 }
 
-#undef NAME
-#undef TARGET
-#undef WIDENED
-#undef MULTIPLY_ADD
+#include "end_vector.h"

@@ -4,47 +4,16 @@
    than the sequence goes. A head's result depends on no other head: it is the same on every number
    of ranks and threads. */
 
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-#ifdef __x86_64__
-#include <immintrin.h>
-#endif
-
-#include "types.h"
+#include "vector_types.h"
 
 #define PIECE 64       /* positions between two looks at the maximum; the keys of a piece stay in L1 */
 #define MAX_CHANNELS 256
 #define MAX_GROUP 16 /* query heads of a kv head */
 
-typedef float v8f __attribute__((vector_size(32)));
-typedef int32_t v8i __attribute__((vector_size(32)));
-typedef uint16_t v8h __attribute__((vector_size(16)));
-typedef uint32_t v8u __attribute__((vector_size(32)));
-
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE v8f widened_portable(const uint16_t *p) {
-    v8h bits;
-    memcpy(&bits, p, sizeof bits);
-    return (v8f)(__builtin_convertvector(bits, v8u) << 16);
-}
-#define NAME(x) x##_portable
-#define TARGET
-#define WIDENED(p) widened_portable(p)
-#define MULTIPLY_ADD(sum, a, b) ((sum) + (a) * (b))
+#define SET portable
 #include "attend.h"
-
 #ifdef __x86_64__
-#define AVX2 __attribute__((target("avx2,fma")))
-AVX2 INLINE v8f widened_avx2(const uint16_t *p) {
-    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
-    return (v8f)_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
-}
-#define NAME(x) x##_avx2
-#define TARGET AVX2
-#define WIDENED(p) widened_avx2(p)
-#define MULTIPLY_ADD(sum, a, b) ((v8f)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(sum)))
+#define SET avx2
 #include "attend.h"
 #endif
 

@@ -1,0 +1,50 @@
+"""What lies between the products of a layer: norm, activation and rotary angles, in one pass each."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quant.kernels import native
+
+_LANES = 8
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, delta_TD: Tensor | None = None) -> Tensor:
+    """`weight * (x / rms(x))`, the quotient rounded to x's dtype before the weight (Zhang and Sennrich,
+    2019; the rounding is that of transformers).
+
+    Args:
+        delta_TD: added to x, in place, before: the residual sum.
+    """
+    given = (x_TD, weight_D) if delta_TD is None else (x_TD, weight_D, delta_TD)
+    if x_TD.shape[-1] % _LANES == 0 and native.takes(*given):
+        return native.rms_norm(x_TD, delta_TD, weight_D, eps)
+    if delta_TD is not None:
+        x_TD.add_(delta_TD)
+    return weight_D * torch.rms_norm(x_TD, weight_D.shape, None, eps)
+
+
+def silu_product(gate_up_TF: Tensor, sizes: tuple[int, int]) -> Tensor:
+    """`silu(gate) * up` of rows that hold gate and up side by side (SwiGLU: Shazeer, 2020)."""
+    if sizes[0] % _LANES == 0 and sizes[0] == sizes[1] and native.takes(gate_up_TF):
+        return native.silu_product(gate_up_TF)
+    gate_TF, up_TF = gate_up_TF.split(sizes, dim=1)
+    return F.silu(gate_TF).mul_(up_TF)
+
+
+def rotate(x_TE: Tensor, num_heads: int, cos_T1C: Tensor, sin_T1C: Tensor) -> None:
+    """Turn the first heads of each row by its rotary angles, in place.
+
+    Args:
+        x_TE: [tokens, at least num_heads * C].
+        cos_T1C, sin_T1C: each token's; the first half of the sines is negative.
+    """
+    channels = cos_T1C.shape[-1]
+    if channels % (2 * _LANES) == 0 and native.takes(x_TE, cos_T1C, sin_T1C):
+        native.rotate(x_TE, num_heads, cos_T1C, sin_T1C)
+        return
+    x_THC = x_TE[:, : num_heads * channels].unflatten(1, (num_heads, channels))
+    turned_THC = x_THC.roll(channels // 2, -1)
+    x_THC.mul_(cos_T1C).addcmul_(turned_THC, sin_T1C)

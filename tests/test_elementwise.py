@@ -1,0 +1,78 @@
+"""Norm, activation and rotary angles in C against torch's operations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from quant import elementwise
+from quant.elementwise import rms_norm, rotate, silu_product
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(params=["native", "torch"])
+def path(request, monkeypatch):
+    """Both ways; the native one only where it was compiled and takes such tensors."""
+    if request.param == "torch":
+        monkeypatch.setattr(elementwise.native, "takes", lambda *_: False)
+    elif not elementwise.native.is_available():
+        pytest.skip("no C compiler at installation")
+
+
+def assert_close(found, wanted):
+    """bfloat16: the sums' order may turn one rounding; float32: a few units of the last place."""
+    rtol = 2**-7 if found.dtype == torch.bfloat16 else 2e-6
+    torch.testing.assert_close(found, wanted, rtol=rtol, atol=rtol * 1e-2)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 64), (3, 5120), (70, 600), (2, 30)])
+def test_norm_is_that_of_torch_and_adds_the_residual_in_place(shape, dtype):
+    x, delta, weight = (torch.randn(size).to(dtype) for size in (shape, shape, shape[1]))
+    wanted = weight * torch.rms_norm(x, (shape[1],), None, 1e-5)
+    assert_close(rms_norm(x.clone(), weight, 1e-5), wanted)
+    summed, before = x + delta, x.clone()
+    found = rms_norm(before, weight, 1e-5, delta)
+    assert torch.equal(before, summed)
+    assert_close(found, weight * torch.rms_norm(summed, (shape[1],), None, 1e-5))
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(64, 64), (13, 13), (16, 8)])
+def test_silu_product_is_that_of_torch(sizes, dtype):
+    gate_up = (torch.randn(5, sum(sizes)) * 30).to(dtype)
+    if sizes[0] == sizes[1]:
+        gate, up = gate_up.split(sizes, dim=1)
+        assert_close(silu_product(gate_up, sizes), F.silu(gate) * up)
+    assert silu_product(torch.zeros(1, 128, dtype=dtype), (64, 64)).tolist() == [[0.0] * 64]
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [16, 24, 128])
+def test_rotation_turns_the_first_heads_and_leaves_the_rest(channels, dtype):
+    tokens, heads = 7, 5
+    x = torch.randn(tokens, heads, channels).to(dtype)
+    angles = torch.randn(tokens, 1, channels // 2)
+    cos, sin = angles.cos().repeat(1, 1, 2).to(dtype), angles.sin()
+    sin = torch.cat((-sin, sin), -1).to(dtype)
+    wanted = x * cos + x.roll(channels // 2, -1) * sin
+    found = x.clone().flatten(1)
+    rotate(found, 3, cos, sin)
+    found = found.view_as(x)
+    torch.testing.assert_close(found[:, :3], wanted[:, :3], rtol=2**-6, atol=2e-2) if (
+        dtype == torch.bfloat16
+    ) else assert_close(found[:, :3], wanted[:, :3])
+    assert torch.equal(found[:, 3:], x[:, 3:])
+
+
+@pytest.mark.usefixtures("path")
+def test_nan_stays_nan():
+    x = torch.randn(2, 64)
+    x[0, 3] = torch.nan
+    assert rms_norm(x, torch.ones(64), 1e-5)[0].isnan().all()
+    assert silu_product(x, (32, 32))[0, 3].isnan()
