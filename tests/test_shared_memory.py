@@ -315,7 +315,9 @@ def be_rank_of_hosts(rank: int, port: int, paths: list[str], pipe: Connection) -
     members = dist.new_group([0, 2])
     here = [other for other, host in enumerate(HOSTS) if host == HOSTS[rank]]
     segment = Segment.attach(paths[HOSTS[rank]], SegmentLayout(len(here)).num_bytes)
-    inside = SharedMemoryGroup(here.index(rank), len(here), segment, 60, lambda _: True)
+    inside = SharedMemoryGroup(
+        here.index(rank), len(here), segment, 60, Processes([os.getpid()] * 4)
+    )
     between = TorchGroup(members=members) if rank in (0, 2) else None
     group = TwoLevelGroup(HOSTS, inside, between, TorchGroup())
     try:
