@@ -1,4 +1,4 @@
-"""The C kernels; everything else is in pyproject.toml.
+"""The C kernels and the small all-reduce; everything else is in pyproject.toml.
 
 They are optional: without a C compiler the package installs all the same, and other paths do the
 work. No header of torch is needed. OpenMP is compiled in but not linked: its functions come from
@@ -25,6 +25,12 @@ setup(
                 *(["-fopenmp"] if sys.platform == "linux" else []),
             ],
             optional=True,
-        )
+        ),
+        Extension(
+            "parallel.collectives._all_reduce",
+            ["parallel/collectives/all_reduce.c"],
+            extra_compile_args=["-O3"],
+            optional=True,
+        ),
     ]
 )

@@ -20,8 +20,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from parallel.collectives.compiled import KINDS, CompiledAllReduce, library
 from parallel.collectives.segment import Segment
-from parallel.collectives.signals import AbsentError, Patience, Presence, Signals
+from parallel.collectives.signals import CELL_BYTES, AbsentError, Patience, Presence, Signals
 from parallel.group import ProcessGroup, reduce_into
 
 _PAGE_BYTES = 4096
@@ -121,6 +122,7 @@ class SharedMemoryGroup(ProcessGroup):
             self._bytes = torch.frombuffer(segment.memory, dtype=torch.uint8)
         self._address = self._bytes.data_ptr()
         self._my_slots = [self._slot_address(half, rank) for half in (0, 1)]
+        self._compiled = self._open_compiled(patience)
 
     def _all_reduce(self, x: Tensor, op: str) -> Tensor:
         x = x.contiguous()
@@ -183,6 +185,12 @@ class SharedMemoryGroup(ProcessGroup):
     def _reduce_at_once(self, x: Tensor, op: str) -> None:
         """One turn: every rank adds up everything."""
         half = self._start_turn()
+        if self._compiled is not None and (x.dtype, op) in KINDS:
+            if not self._compiled.meet(x, op, self._turn):
+                self._signals.wait_for(self._other_cells, self._turn)
+                self._compiled.add_up(x, op, self._turn)
+            self._all_reached = self._turn
+            return
         memmove(self._my_slots[half], x.data_ptr(), x.nbytes)
         self._meet()
         reduce_into(x, self._slots(half, x.dtype, x.shape), op)
@@ -242,6 +250,15 @@ class SharedMemoryGroup(ProcessGroup):
 
     def _empty_parts(self, x: Tensor) -> list[Tensor]:
         return [torch.empty(x.shape, dtype=x.dtype) for _ in range(self.size)]
+
+    def _open_compiled(self, patience: Patience) -> CompiledAllReduce | None:
+        found = library()
+        if found is None:
+            return None
+        slots = [[self._slot_address(half, rank) for rank in range(self.size)] for half in (0, 1)]
+        return CompiledAllReduce(
+            found, self.rank, self._address, CELL_BYTES, slots, patience.spin_s, patience.yield_s
+        )
 
     def _slot_address(self, half: int, rank: int) -> int:
         return self._address + self._layout.slot(half, rank).start
