@@ -42,6 +42,7 @@ class Group(ABC):
         counts: how many times each collective was called, by name.
         seconds: how long its calls took, by name, waiting for the others included; on a GPU, how
             long it took to enqueue them.
+        calls: how long each call took, in order, while somebody keeps a list here; None: nobody.
     """
 
     def __init__(self, rank: int, size: int) -> None:
@@ -50,6 +51,7 @@ class Group(ABC):
         self.size = size
         self.counts: Counter[str] = Counter()
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.calls: list[float] | None = None
 
     def all_reduce(self, x: Tensor, op: str = "sum") -> Tensor:
         """The sum (or "max") of x over the ranks, the same bits on every rank. May overwrite x."""
@@ -87,8 +89,13 @@ class Group(ABC):
         self.counts[name] += 1
         started_at = time.perf_counter()
         result = collective()
-        self.seconds[name] += time.perf_counter() - started_at
+        self._note(name, time.perf_counter() - started_at)
         return result
+
+    def _note(self, name: str, seconds: float) -> None:
+        self.seconds[name] += seconds
+        if self.calls is not None:
+            self.calls.append(seconds)
 
     @abstractmethod
     def _all_reduce(self, x: Tensor, op: str) -> Tensor: ...
@@ -275,7 +282,7 @@ class SimulatedGroup(Group):
 
     def _counted(self, name: str, num_bytes: int, collective: Callable[[], T]) -> T:
         self.counts[name] += 1
-        self.seconds[name] += self._cost_s(name, num_bytes) if self._cost_s else 0.0
+        self._note(name, self._cost_s(name, num_bytes) if self._cost_s else 0.0)
         return collective()
 
     def _all_reduce(self, x: Tensor, op: str) -> Tensor:

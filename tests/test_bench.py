@@ -214,12 +214,16 @@ def test_decode_reads_every_weight_but_the_embedding_and_the_cache_once_a_step(s
 @dataclass(frozen=True)
 class Seen:
     seconds: float
-    communication_s: float
+    calls_s: tuple[float, ...]
+
+    @property
+    def communication_s(self):
+        return sum(self.calls_s)
 
 
 def test_waiting_is_told_apart_from_communication():
-    # The second rank computes for 8 of 10 seconds, and the first, done after 4, waits for it.
-    run = [Seen(10.0, 6.0), Seen(10.0, 2.0)]
+    # Of two calls a rank waits in one each; what the last to come spends there is communication.
+    run = [Seen(10.0, (5.0, 1.0)), Seen(10.0, (1.0, 1.0))]
     found = make_record(
         {}, Measured("decode", CASE, [run], Work(4, 100, 50), [5.0, 20.0], Host([1, 2], 0.0))
     )

@@ -199,10 +199,15 @@ def _random_ids(rank: Rank, case: Case, vocab_size: int) -> Tensor:
 
 def _gather(rank: Rank, phases: tuple[Phase, Phase]) -> tuple[Run, Run]:
     """Both phases as every rank saw them; empty but on rank 0."""
-    mine = [[phase.seconds, phase.communication_s] for phase in phases]
-    parts = rank.group.gather(torch.tensor(mine, dtype=torch.float64, device=rank.device)) or []
-    prefills, decodes = ([Phase(*part[index].tolist()) for part in parts] for index in range(2))
+    prefills, decodes = (_gather_phase(rank, phase) for phase in phases)
     return prefills, decodes
+
+
+def _gather_phase(rank: Rank, phase: Phase) -> Run:
+    """All ranks made the same calls, so the rows are of one length."""
+    mine = torch.tensor([phase.seconds, *phase.calls_s], dtype=torch.float64, device=rank.device)
+    parts = [part.tolist() for part in rank.group.gather(mine) or []]
+    return [Phase(seconds, tuple(calls)) for seconds, *calls in parts]
 
 
 def _progress(rank: Rank) -> tqdm[Any]:

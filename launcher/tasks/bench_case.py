@@ -14,7 +14,7 @@ from torch import Tensor
 
 from launcher.tasks.bench_work import Case
 from parallel.generation.cache import KVCache
-from parallel.group import Group, SimulatedGroup
+from parallel.group import SimulatedGroup
 from parallel.model.decoder import Decoder, Segment, Step
 
 
@@ -24,11 +24,16 @@ class Phase:
 
     Attributes:
         seconds: from the barrier before it to its last token.
-        communication_s: those spent in collectives, waiting for other ranks included.
+        calls_s: those spent in each collective, waiting for other ranks included.
     """
 
     seconds: float
-    communication_s: float
+    calls_s: tuple[float, ...]
+
+    @property
+    def communication_s(self) -> float:
+        """Those spent in all collectives."""
+        return sum(self.calls_s)
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Runner:
     """Runs a case on this rank.
 
     Args:
-        decoder: its group's `seconds` counts the time in collectives.
+        decoder: its group times the collectives.
         cache: of at least the case's rows and length.
         barrier: lets the ranks begin a phase together.
     """
@@ -55,12 +60,13 @@ class Runner:
     def _timed(self, phase: Callable[[], None]) -> Phase:
         group = self.decoder.group
         self.barrier()
-        before, start = communication_s(group), time.perf_counter()
+        calls: list[float] = []
+        group.calls, start = calls, time.perf_counter()
         phase()
-        spent, communication = time.perf_counter() - start, communication_s(group) - before
+        spent, group.calls = time.perf_counter() - start, None
         # A simulated collective is counted, but nobody waits for it.
-        modelled = communication if isinstance(group, SimulatedGroup) else 0.0
-        return Phase(spent + modelled, communication)
+        modelled = sum(calls) if isinstance(group, SimulatedGroup) else 0.0
+        return Phase(spent + modelled, tuple(calls))
 
     def _prefill(self, ids_BP: Tensor, chunk: int) -> Iterator[int]:
         for step in prefill_steps(ids_BP, self.cache.max_length, chunk):
@@ -82,11 +88,6 @@ class Runner:
     @property
     def _device(self) -> torch.device:
         return self.decoder.device
-
-
-def communication_s(group: Group) -> float:
-    """Seconds that this rank has spent in collectives so far."""
-    return float(sum(group.seconds.values()))
 
 
 def prefill_steps(ids_BP: Tensor, max_length: int, chunk: int) -> Iterator[Step]:

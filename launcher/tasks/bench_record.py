@@ -21,6 +21,9 @@ class Phase(Protocol):
     def seconds(self) -> float: ...
 
     @property
+    def calls_s(self) -> Sequence[float]: ...
+
+    @property
     def communication_s(self) -> float: ...
 
 
@@ -62,9 +65,10 @@ class Measured:
 def make_record(context: Mapping[str, Any], found: Measured) -> Record:
     """The fields of result.jsonl; every figure of speed is the median of the repeats.
 
-    `communication_share` is that of the rank that waited least, and so is the last to arrive:
-    what it spends in collectives is spent on them. `waiting_share` is how much longer the rank
-    that waited most was there. `skew` is the compute time of the slowest rank over the fastest's.
+    `communication_share` is what collectives cost beside the waits: of each call the time of the
+    rank that was there shortest, which came last and waited for nobody. `waiting_share` is how much
+    longer the rank that waited most was there. `skew` is the compute time of the slowest rank over
+    the fastest's.
     """
     seconds = [_seconds(run) for run in found.runs]
     typical = median(seconds)
@@ -89,7 +93,7 @@ def make_record(context: Mapping[str, Any], found: Measured) -> Record:
         "bandwidth_share": work.num_bytes / typical / max(found.bandwidths),
         "operations": work.operations,
         "operations_per_s": work.operations / typical,
-        "communication_share": _median(found, lambda run: min(_communication(run)) / _seconds(run)),
+        "communication_share": _median(found, lambda run: _exchange_s(run) / _seconds(run)),
         "waiting_share": _median(found, lambda run: _waiting_s(run) / _seconds(run)),
         "compute_s": [median(times) for times in zip(*map(_compute, found.runs), strict=True)],
         "skew": _median(found, lambda run: max(_compute(run)) / max(min(_compute(run)), 1e-9)),
@@ -112,12 +116,12 @@ def _seconds(run: Run) -> float:
     return max(phase.seconds for phase in run)
 
 
-def _communication(run: Run) -> list[float]:
-    return [phase.communication_s for phase in run]
+def _exchange_s(run: Run) -> float:
+    return sum(min(calls) for calls in zip(*(phase.calls_s for phase in run), strict=True))
 
 
 def _waiting_s(run: Run) -> float:
-    return max(_communication(run)) - min(_communication(run))
+    return max(phase.communication_s for phase in run) - _exchange_s(run)
 
 
 def _compute(run: Run) -> list[float]:
