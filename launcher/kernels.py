@@ -27,6 +27,7 @@ from launcher.topology import allowed_cpus
 AUTO = "auto"
 NAMES = (AUTO, "native", "onednn", "reference")
 _SURVEY_TIMEOUT_S = 120
+_ROOT = Path(__file__).parents[1]
 # What changes which instructions the libraries use.
 _VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 
@@ -50,9 +51,11 @@ def choose_kernel(config: Config, scheme: str) -> tuple[Config, tuple[str, ...]]
         _check_unused("kernel", config.kernel, AUTO)
         _check_unused("parallel.exact_sums", config.parallel.exact_sums, None)
         return config, ()
-    if config.device == "cuda" or (config.device == AUTO and count_gpus()):
+    if config.device == "cuda":
         return _chosen_for_gpus(config), ()
     found = survey()
+    if config.device == AUTO and found["computes_on_gpus"] and count_gpus():
+        return _chosen_for_gpus(config), ()
     _check_works(config.kernel, found)
     if config.kernel == AUTO:
         config = replace(config, kernel=fastest(found, scheme))
@@ -74,11 +77,12 @@ def survey() -> dict[str, Any]:
         ConfigError: the child process failed; leads with its last words.
     """
     path = cache_path()
-    kept = _read(path)
+    kept = _read(path) if path else None
     if kept is not None:
         return kept
     found = _measure()
-    _keep(path, found)
+    if path:
+        _keep(path, found)
     return found
 
 
@@ -99,23 +103,25 @@ def slower_than_bfloat16(found: Mapping[str, Any], name: str, scheme: str) -> li
     return [int(rows) for rows in ms if ms[rows] > wide[rows]]
 
 
-def cache_path() -> Path:
-    """Where the survey of this processor, these cores and these versions is kept."""
-    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+def cache_path() -> Path | None:
+    """Where the survey of this processor, these cores and these versions is kept; None: nowhere."""
     key = hashlib.sha256(repr(_identity()).encode()).hexdigest()[:16]
-    return Path(root).expanduser() / "shardrun" / f"kernels-{key}.json"
+    try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError:  # a user without a home
+        return None
+    return root / "shardrun" / f"kernels-{key}.json"
 
 
 def _identity() -> list[Any]:
     """All that the answer depends on."""
-    native = Path(__file__).parents[1] / "quant" / "kernels" / "native"
+    native = _ROOT / "quant" / "kernels" / "native"
     sources = sorted([*native.glob("*.so"), *native.glob("*.py"), native.parent / "choice.py"])
     return [
         _num_cores(),
         platform.machine(),
         _processor(),
         version("torch"),
-        version("shardrun"),
         [os.environ.get(name) for name in _VARIABLES],
         [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in sources],
     ]
@@ -136,8 +142,13 @@ def _processor() -> list[str]:
 
 
 def _measure() -> dict[str, Any]:
-    command = [sys.executable, "-m", "quant.kernels.choice"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(_num_cores())}
+    # -P: a file of the directory that we are called in must not stand in for a module.
+    command = [sys.executable, "-P", "-m", "quant.kernels.choice"]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(_num_cores()),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")])),
+    }
     try:
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=_SURVEY_TIMEOUT_S
@@ -147,7 +158,11 @@ def _measure() -> dict[str, Any]:
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
         raise ConfigError(_failed(last))
-    found: dict[str, Any] = json.loads(done.stdout)
+    try:
+        # The last line: libraries may have said something before.
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    except (ValueError, IndexError) as error:
+        raise ConfigError(_failed("it printed something else than its answer")) from error
     return found
 
 
@@ -165,7 +180,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _keep(path: Path, found: dict[str, Any]) -> None:
-    """Write it at once or not at all; a home that cannot be written costs the next run a second."""
+    """Write it at once or not at all; a home that cannot be written costs the next run seconds."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:

@@ -89,7 +89,7 @@ def make_job(
     if config.task.name == "bench":
         from launcher.tasks.bench_sizes import make_bench_job
 
-        return make_bench_job(config, environment)
+        return make_bench_job(config, environment, chooses_kernel=reads_prompts)
     resolved = resolve(config, environment)
     check_effects(config)
     _check_original(config, resolved.checkpoint)

@@ -71,7 +71,7 @@ def run_workers(run_dir: RunDir, size: int, timeline: Timeline) -> int:
     )
     with _raising(SIGNALS), ours, its:
         try:
-            failures = _await(agent, ours)
+            failures = _await(agent, ours, its)
             return _explain(run_dir, failures) if failures else 0
         except _Signal as error:
             return 128 + error.number
@@ -88,20 +88,22 @@ def be_agent(
     launcher.send(supervise(run_dir, size, job_hash, timeline))
 
 
-def _await(agent: ForkServerProcess, answer: Connection) -> Failures:
+def _await(agent: ForkServerProcess, answer: Connection, its: Connection) -> Failures:
     try:
         agent.start()
     except (OSError, EOFError) as error:
         raise RunError(
             f"the ranks could not be started, their forkserver is gone ({error})"
         ) from error
+    its.close()  # so that an agent that dies leaves an end, and not a wait
     agent.join()
-    if not answer.poll():
+    try:
+        failures: Failures = answer.recv()
+    except EOFError as error:
         raise RunError(
             f"the agent of the ranks (pid {agent.pid}) {_ending(agent.exitcode or 0)}; "
             "the ranks ended with it"
-        )
-    failures: Failures = answer.recv()
+        ) from error
     return failures
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.group import Group
-from quant.activations import row_amax
+from quant.activations import MOST_INT32_COLUMNS, row_amax
 from quant.linear import linear
 from quant.weight import PackedWeight, ReadyWeight
 
@@ -82,6 +82,9 @@ class RowParallelLinear:
         return weight.activation_dtype == "int8" if self.exact_sums is None else self.exact_sums
 
     def _sum_exactly(self, local_x_MK: Tensor, weight: PackedWeight) -> Tensor:
+        assert weight.shape[1] * self.group.size <= MOST_INT32_COLUMNS or (
+            weight.activation_dtype is None
+        ), "the integer sums would not fit"
         amax_M = self.group.all_reduce(row_amax(local_x_MK), "max")
         sums_MN = self.group.all_reduce(weight.sums(local_x_MK, amax_M))
         return weight.finish(sums_MN, amax_M, self.bias, local_x_MK.dtype, local_x_MK.dtype)

@@ -20,6 +20,8 @@ from torch import Tensor
 
 RADIX = 254
 LEVELS_INT8 = 127
+# So many columns of int8 activations and weights add up within int32.
+MOST_INT32_COLUMNS = 2**31 // (127 * 128)
 # Below this the inverse of the scale would overflow; such rows are rounded more coarsely.
 LEAST_AMAX = 1e-30
 

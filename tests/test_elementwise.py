@@ -15,6 +15,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 @pytest.fixture(params=["native", "torch"])
 def path(request, monkeypatch):
     """Both ways; the native one only where it was compiled and takes such tensors."""
+    torch.manual_seed(0)
     if request.param == "torch":
         monkeypatch.setattr(elementwise.native, "takes", lambda *_: False)
     elif not elementwise.native.is_available():
@@ -24,7 +25,7 @@ def path(request, monkeypatch):
 def assert_close(found, wanted):
     """bfloat16: the sums' order may turn one rounding; float32: a few units of the last place."""
     rtol = 2**-7 if found.dtype == torch.bfloat16 else 2e-6
-    torch.testing.assert_close(found, wanted, rtol=rtol, atol=rtol * 1e-2)
+    torch.testing.assert_close(found, wanted, rtol=rtol, atol=rtol)  # terms of about 1 cancel
 
 
 @pytest.mark.usefixtures("path")
@@ -42,12 +43,13 @@ def test_norm_is_that_of_torch_and_adds_the_residual_in_place(shape, dtype):
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", [(64, 64), (13, 13), (16, 8)])
+@pytest.mark.parametrize("sizes", [(64, 64), (13, 13)])
 def test_silu_product_is_that_of_torch(sizes, dtype):
     gate_up = (torch.randn(5, sum(sizes)) * 30).to(dtype)
-    if sizes[0] == sizes[1]:
-        gate, up = gate_up.split(sizes, dim=1)
-        assert_close(silu_product(gate_up, sizes), F.silu(gate) * up)
+    gate, up = gate_up.split(sizes, dim=1)
+    assert_close(silu_product(gate_up, sizes), F.silu(gate) * up)
+    falling = torch.tensor([[-1e30] * 8 + [1.0] * 8], dtype=dtype)
+    assert silu_product(falling, (8, 8)).abs().max() == 0
     assert silu_product(torch.zeros(1, 128, dtype=dtype), (64, 64)).tolist() == [[0.0] * 64]
 
 
@@ -64,9 +66,9 @@ def test_rotation_turns_the_first_heads_and_leaves_the_rest(channels, dtype):
     found = x.clone().flatten(1)
     rotate(found, 3, cos, sin)
     found = found.view_as(x)
-    torch.testing.assert_close(found[:, :3], wanted[:, :3], rtol=2**-6, atol=2e-2) if (
-        dtype == torch.bfloat16
-    ) else assert_close(found[:, :3], wanted[:, :3])
+    # bfloat16: the two products are rounded before they are added up, or only their sum is.
+    atol = 2e-2 if dtype == torch.bfloat16 else 2e-6
+    torch.testing.assert_close(found[:, :3], wanted[:, :3], rtol=2**-7, atol=atol)
     assert torch.equal(found[:, 3:], x[:, 3:])
 
 

@@ -27,6 +27,15 @@ def test_exact_sums_give_the_same_bits_at_every_size(size, activation_dtype, exa
     assert torch.equal(logits(DEMO, ids, size, **how), logits(DEMO, ids, 1, **how))
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_float32_logits_differ_by_the_rounding_of_lm_head_alone(size):
+    """It is not quantized by default, and torch's float32 product of fewer rows rounds otherwise."""
+    scheme = QuantScheme(quant_method="rtn", weight_dtype="int8", activation_dtype="int8")
+    ids = [1, *range(40, 60)]
+    found, wanted = (logits(DEMO, ids, tp, scheme=scheme) for tp in (size, 1))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_int8_activations_without_exact_sums_differ_between_sizes():
     """Why they are the default there: each rank would scale its part of a row by itself."""
     scheme = QuantScheme(quant_method="rtn", weight_dtype="int8", activation_dtype="int8")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +23,7 @@ def entry(decode_ms, prefill_ms, problem=None):
 
 def survey(native=None, onednn="its int8 sums saturate on this processor"):
     return {
+        "computes_on_gpus": False,
         "kernels": {
             "native": entry(1.0, 50.0, native),
             "onednn": entry(0.5, 20.0, onednn),
@@ -90,6 +93,15 @@ def test_gpus_take_the_path_of_torch():
     assert choose_kernel(config(device="cuda"), "w8a16")[0].kernel == "reference"
 
 
+def test_gpu_that_torch_cannot_use_changes_nothing(monkeypatch):
+    """A GPU in the host, and the wheel of torch that computes on CPUs only."""
+    monkeypatch.setattr(kernels, "count_gpus", lambda: 1)
+    monkeypatch.setattr(kernels, "survey", survey)
+    assert choose_kernel(config(), "w8a16")[0].kernel == "native"
+    monkeypatch.setattr(kernels, "survey", lambda: {**survey(), "computes_on_gpus": True})
+    assert choose_kernel(config(), "w8a16")[0].kernel == "reference"
+
+
 def test_other_ranks_leave_the_choice_to_rank_0():
     assert first_difference(config(), config(kernel="native")) is None
     assert first_difference(config(kernel="onednn"), config(kernel="native")) is not None
@@ -114,6 +126,42 @@ def test_home_that_cannot_be_written_costs_only_time(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr(kernels, "_measure", survey)
     assert kernels.survey() == survey()
+
+
+def test_user_without_a_home_is_served(monkeypatch):
+    def refuse(_):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", refuse)
+    monkeypatch.setattr(kernels, "_measure", survey)
+    assert kernels.survey() == survey()
+
+
+def answer(monkeypatch, output):
+    done = subprocess.CompletedProcess([], 0, stdout=output, stderr="")
+    monkeypatch.setattr(kernels.subprocess, "run", lambda *_, **__: done)
+
+
+def test_what_libraries_print_is_not_the_answer(monkeypatch):
+    answer(monkeypatch, 'onednn_verbose,info\n{"kernels": 1}\n')
+    assert kernels._measure() == {"kernels": 1}
+    answer(monkeypatch, "nothing of the kind")
+    with pytest.raises(ConfigError, match="something else than its answer"):
+        kernels._measure()
+
+
+def test_survey_takes_no_module_from_the_directory_it_is_called_in(monkeypatch, tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('this was executed')")
+    monkeypatch.chdir(tmp_path)
+    script = "import torch, quant.kernels.choice; print('{}')"
+    real = subprocess.run
+
+    def run(command, **how):
+        return real([*command[:2], "-c", script], **how)
+
+    monkeypatch.setattr(kernels.subprocess, "run", run)
+    assert kernels._measure() == {}
 
 
 def test_failed_survey_is_a_sentence(monkeypatch):

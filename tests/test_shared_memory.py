@@ -323,6 +323,8 @@ def be_rank_of_hosts(rank: int, port: int, paths: list[str], pipe: Connection) -
     try:
         move_and_pass_on(group, LENGTHS[:5])
         sums = [group.all_reduce(values(rank, 5000, dtype)) for dtype in DTYPES]
+        lost = torch.tensor([torch.nan if rank == 2 else 1.0])
+        assert group.all_reduce(lost, "max").isnan().all(), "a NaN of one rank was lost"
         pipe.send([total.double().tolist() for total in sums])  # a tensor would need its sender
     except AssertionError as error:
         pipe.send(error)

@@ -94,7 +94,10 @@ class _Bench:
     def _host(self, start: LoadMark, end: LoadMark) -> Host:
         """Memory and load; of this rank alone but on rank 0."""
         mine = [float(peak_bytes(self.rank.device)), end.own_s - start.own_s]
-        parts = self.rank.group.gather(torch.tensor(mine, dtype=torch.float64)) or ()
+        parts = (
+            self.rank.group.gather(torch.tensor(mine, dtype=torch.float64, device=self.rank.device))
+            or ()
+        )
         own_s = [float(part[1]) for part in parts]
         return Host([int(part[0]) for part in parts], other_cores(start, end, own_s))
 

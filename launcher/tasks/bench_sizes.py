@@ -57,8 +57,13 @@ def run_sizes(config: Config, environment: WorkerEnvironment, timeline: Timeline
     return status
 
 
-def make_bench_job(config: Config, environment: WorkerEnvironment) -> tuple[Job, tuple[str, ...]]:
+def make_bench_job(
+    config: Config, environment: WorkerEnvironment, *, chooses_kernel: bool = True
+) -> tuple[Job, tuple[str, ...]]:
     """The job of one size, and what to say about it.
+
+    Args:
+        chooses_kernel: False leaves that to another rank.
 
     Raises:
         ConfigError: a key without effect, a length beyond the context, or a rank that is none.
@@ -71,6 +76,8 @@ def make_bench_job(config: Config, environment: WorkerEnvironment) -> tuple[Job,
     _check_lengths(config, resolved.checkpoint.config)
     _check_simulated(Job(resolved.config, ()))
     _check_memory(resolved, environment)
+    if not chooses_kernel:
+        return Job(resolved.config, ()), resolved.notes
     # Last: the first time on a machine it takes seconds, which a refusal should not.
     config, notes = choose_kernel(resolved.config, resolved.layout.scheme.label)
     return Job(config, ()), resolved.notes + notes
@@ -152,7 +159,8 @@ def _check_memory(resolved: Resolved, environment: WorkerEnvironment) -> None:
         return
     simulated = config.parallel.simulate_rank
     ranks = range(tp) if simulated is None else (simulated,)
-    needed, here = sum(layout.rank_bytes(rank, tp) for rank in ranks), host_bytes()
+    dtype = None if config.dtype == "auto" else config.dtype
+    needed, here = sum(layout.rank_bytes(rank, tp, dtype) for rank in ranks), host_bytes()
     if needed > here:
         raise ConfigError(
             f"the weights at tp={tp} are {needed / 1e9:,.0f} GB, but this host has "

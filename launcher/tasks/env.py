@@ -9,6 +9,7 @@ from pathlib import Path
 
 from launcher.cores import divide, read_wishes
 from launcher.environment import WorkerEnvironment, decide_size, seen_variables
+from launcher.failures import ConfigError
 from launcher.kernels import fastest, survey
 from launcher.resolve import DEMO_TP
 from launcher.schema import Config
@@ -84,7 +85,10 @@ def _shared_memory() -> str:
 
 def _kernels() -> dict[str, str]:
     """Which products with int8 weights work here, their speed, and which `kernel=auto` takes."""
-    found = survey()
+    try:
+        found = survey()
+    except ConfigError as error:
+        return {"int8 kernel": str(error)}
     chosen = ", ".join(f"{fastest(found, scheme)} for {scheme}" for scheme in ("w8a16", "w8a8"))
     size = found["shape"][0] * found["shape"][1]
     lines = {"int8 kernel": f"{chosen} (kernel=auto; all give the same bits)"}

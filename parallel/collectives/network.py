@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.group import ProcessGroup
+from parallel.group import ProcessGroup, reduce_into
 
 
 class TorchGroup(ProcessGroup):
@@ -25,8 +25,10 @@ class TorchGroup(ProcessGroup):
 
     def _all_reduce(self, x: Tensor, op: str) -> Tensor:
         x = x.contiguous()
-        how = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op]
-        dist.all_reduce(x, how, group=self._members)
+        if op == "max":  # gloo's own would lose a NaN
+            reduce_into(x, self._all_gather(x), op)
+        else:
+            dist.all_reduce(x, dist.ReduceOp.SUM, group=self._members)
         return x
 
     def _all_gather(self, x: Tensor) -> list[Tensor]:

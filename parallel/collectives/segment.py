@@ -9,6 +9,7 @@ and not a SIGBUS in the middle of a run.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import tempfile
@@ -89,8 +90,14 @@ def _unnamed_file(folder: str) -> int:
     return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
 
 
+def _memory_file() -> int:
+    if not hasattr(os, "memfd_create"):  # macOS
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    return os.memfd_create("shardrun")
+
+
 _MAKERS: dict[str, Callable[[], int]] = {
-    "memfd": lambda: os.memfd_create("shardrun"),
+    "memfd": lambda: _memory_file(),
     _SHARED_FOLDER: lambda: _unnamed_file(_SHARED_FOLDER),
     "the temporary directory": lambda: _unnamed_file(tempfile.gettempdir()),
 }

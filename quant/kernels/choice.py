@@ -8,13 +8,11 @@ process, where an instruction that the processor lacks harms nobody, and keeps t
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from quant.activations import row_amax
@@ -51,8 +49,7 @@ def open_kernel(name: str) -> Kernel:
     reason = problem(name)
     if reason:
         raise QuantError(
-            f"`kernel` is {name}, which does not work here: {reason}; write kernel=reference, or "
-            "leave it out."
+            f"`kernel` is {name}, which does not work here: {reason}; write kernel=reference."
         )
     return KERNELS[name]()
 
@@ -103,6 +100,7 @@ def survey() -> dict[str, Any]:
     timed = [name for name in KERNELS if problems[name] is None and name != "reference"]
     return {
         "shape": list(_SHAPE),
+        "computes_on_gpus": torch.cuda.is_available(),
         "threads": torch.get_num_threads(),
         "kernels": {
             name: {
@@ -143,7 +141,7 @@ def _random_weight(activation_dtype: str | None) -> QuantizedWeight:
 
 def _float_products(dtype: torch.dtype) -> list[Callable[[Tensor], Tensor]]:
     weights = [torch.zeros(_SHAPE, dtype=dtype) for _ in range(_COPIES)]
-    return [lambda x_MK, weight=weight: F.linear(x_MK, weight) for weight in weights]  # type: ignore[misc]
+    return [lambda x_MK, weight=weight: linear(x_MK, weight) for weight in weights]  # type: ignore[misc]
 
 
 def _time_rows(
@@ -170,4 +168,4 @@ def _least_ms(
 
 
 if __name__ == "__main__":
-    json.dump(survey(), sys.stdout)
+    print(json.dumps(survey()))

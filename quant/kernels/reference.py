@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quant.activations import RADIX, num_levels, planes, quantize_rows
+from quant.activations import MOST_INT32_COLUMNS, RADIX, num_levels, planes, quantize_rows
 from quant.weight import PackedWeight, QuantizedWeight, ReadyWeight, Weight
 
 # Float32 bytes of the weight that are widened at a time, into one buffer that stays in cache.
@@ -43,7 +43,10 @@ class ReferenceWeight(PackedWeight):
         total_MN = sums_PMN[0]
         for lower_MN in sums_PMN[1:]:
             total_MN = total_MN * RADIX + lower_MN
-        return total_MN if self.activation_dtype is None else total_MN.int()
+        if self.activation_dtype is None:
+            return total_MN
+        assert self.shape[1] <= MOST_INT32_COLUMNS, self.shape
+        return total_MN.int()
 
 
 def linear_wide(

@@ -1,4 +1,5 @@
-"""Products with int8 weights in C, exact on every processor: int8.c says how.
+"""The C library: products with int8 weights (int8.c says how they are exact on every processor) and
+with bfloat16 ones, decode attention, and what lies between the products of a layer.
 
 The library is compiled when the package is installed, where there is a C compiler; without it this
 path is absent and the others do the work.
@@ -106,6 +107,8 @@ class NativeWeight(PackedWeight):
         if x_MK.dtype not in _TYPES or x_MK.stride(1) != 1:
             x_MK = x_MK.contiguous() if x_MK.dtype in _TYPES else x_MK.float()
         num_rows, in_features = x_MK.shape
+        assert in_features == self.shape[1], (x_MK.shape, self.shape)
+        assert bias_N is None or len(bias_N) == self.shape[0], (bias_N, self.shape)
         num_planes = 1 if levels <= torch.iinfo(torch.int16).max else 2
         work_size = num_rows * (num_planes * 2 * (in_features + in_features % 2) + 4)
         work = torch.empty(work_size, dtype=torch.uint8)
@@ -121,6 +124,8 @@ class NativeWeight(PackedWeight):
 
 def linear_bfloat16(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
     """`x @ weight.T + bias` in float32, [M, N], of a contiguous bfloat16 weight; for few rows."""
+    assert x_MK.shape[1] == weight_NK.shape[1], (x_MK.shape, weight_NK.shape)
+    assert bias_N is None or len(bias_N) == weight_NK.shape[0], weight_NK.shape
     x_MK = x_MK.float()
     if x_MK.stride(1) != 1:
         x_MK = x_MK.contiguous()
@@ -196,6 +201,7 @@ def can_attend(q_BHC: Tensor, keys_BKLC: Tensor) -> bool:
     return (
         q_BHC.device.type == "cpu"
         and q_BHC.dtype in (torch.float32, torch.bfloat16)
+        and q_BHC.dtype == keys_BKLC.dtype
         and channels % 16 == 0
         and channels <= MAX_CHANNELS
         and heads // keys_BKLC.shape[1] <= MAX_GROUP

@@ -42,7 +42,8 @@ TARGET INLINE float NAME(sum8)(v8f s) {
 /* exp(x) for x <= 0: 2^n times a polynomial of the rest (Cephes), within 2 units of the last place. */
 TARGET INLINE v8f NAME(exp8)(v8f x) {
     const float magic = 12582912.0f; /* adding 1.5 * 2^23 rounds to an integer */
-    for (int i = 0; i < 8; i++) x[i] = x[i] < -87.0f ? -87.0f : x[i]; /* a NaN stays */
+    v8i is_zero = x < -87.0f; /* not so a NaN, which stays one */
+    x = (v8f)((v8i)x & ~is_zero);
     v8f n = (x * 1.44269504088896341f + magic) - magic;
     v8f r = MULTIPLY_ADD(x, n, (v8f){} - 0.693359375f);
     r = MULTIPLY_ADD(r, n, (v8f){} + 2.12194440e-4f);
@@ -53,5 +54,5 @@ TARGET INLINE v8f NAME(exp8)(v8f x) {
     y = MULTIPLY_ADD((v8f){} + 1.6666665459e-1f, y, r);
     y = MULTIPLY_ADD((v8f){} + 5.0000001201e-1f, y, r);
     y = MULTIPLY_ADD(r + 1.0f, y, r * r);
-    return y * (v8f)((__builtin_convertvector(n, v8i) + 127) << 23);
+    return (v8f)((v8i)(y * (v8f)((__builtin_convertvector(n, v8i) + 127) << 23)) & ~is_zero);
 }
