@@ -90,7 +90,8 @@ def be_agent(
 
 def _await(agent: ForkServerProcess, answer: Connection, its: Connection) -> Failures:
     try:
-        agent.start()
+        with _held_back(SIGNALS):
+            agent.start()
     except (OSError, EOFError) as error:
         raise RunError(
             f"the ranks could not be started, their forkserver is gone ({error})"
@@ -116,6 +117,16 @@ def _stop(agent: ForkServerProcess) -> None:
     if agent.exitcode is None:
         agent.kill()
         agent.join()
+
+
+@contextmanager
+def _held_back(numbers: Sequence[signal.Signals]) -> Iterator[None]:
+    """Let signals come after this: a forkserver that is sent half a process prints a traceback."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
 
 @contextmanager
