@@ -1,7 +1,8 @@
 """The agent of a plain command: torch elastic, which forks the ranks, watches and stops them.
 
 It has torch from the forkserver that it comes from, and never computes: it may fork, and its ranks
-begin with torch imported. They meet at the store that it hosts, as under torchrun.
+begin with torch imported. They meet at a store that has a process of its own: its server's threads
+hold locks of the C library now and then, and a fork beside them could leave a rank with one for ever.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ import torch.distributed as dist
 from torch.distributed.elastic.agent.server import WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
-from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+from torch.distributed.elastic.rendezvous import (
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousStoreInfo,
+)
 
 from launcher.environment import TORCHRUN, WorkerEnvironment
 from launcher.failures import EXIT_FAILED
@@ -45,16 +49,16 @@ def supervise(run_dir: RunDir, size: int, job_hash: str, timeline: Timeline) -> 
     Raises:
         SystemExit: the launcher said stop, or is gone; no rank is left.
     """
+    port = _start_store()
     _hear_only_stop()
     _silence_elastic()
-    store = dist.TCPStore(_LOOPBACK, 0, is_master=True, multi_tenant=True, wait_for_workers=False)
     spec = WorkerSpec(
         role="rank",
         local_world_size=size,
         entrypoint=be_rank,
         # No path as a str: elastic replaces `$` in those.
         args=(run_dir, job_hash, timeline),
-        rdzv_handler=_rendezvous(store, run_dir.path.name),
+        rdzv_handler=_Alone(port, run_dir.path.name),
         max_restarts=0,
         monitor_interval=_LOOK_S,
         local_addr=_LOOPBACK,
@@ -88,14 +92,63 @@ def be_rank(run_dir: RunDir, job_hash: str, timeline: Timeline) -> None:
     run_started(environment, str(run_dir.path), job_hash, timeline)
 
 
-def _rendezvous(store: dist.TCPStore, run_id: str) -> RendezvousHandler:
-    """Elastic's for agents that are known from the start: no delay, no thread, no further messages.
+def _start_store() -> int:
+    """Start the process that hosts the store of the run; returns its port."""
+    ours, its = multiprocessing.Pipe(duplex=False)
+    host = multiprocessing.get_context("fork").Process(target=_host_store, args=(its,), daemon=True)
+    host.start()
+    its.close()
+    port: int = ours.recv()
+    return port
+
+
+def _host_store(pipe: connection.Connection) -> None:
+    """Until the agent ends, which takes this along."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    _die_with_the_agent()
+    store = dist.TCPStore(_LOOPBACK, 0, is_master=True, wait_for_workers=False)
+    pipe.send(store.port)
+    while True:
+        signal.pause()
+
+
+class _Alone(RendezvousHandler):
+    """The rendezvous of an agent that has no others: no delay, no thread, no messages.
 
     Args:
-        store: on a free port; being of one process, elastic's own on that port shares its server.
+        port: of the store, on this host.
     """
-    endpoint = f"{_LOOPBACK}:{store.port}"
-    return get_rendezvous_handler(RendezvousParameters("static", endpoint, run_id, 1, 1, rank=0))
+
+    def __init__(self, port: int, run_id: str) -> None:
+        self._port = port
+        self._run_id = run_id
+
+    def get_backend(self) -> str:
+        return "alone"
+
+    @property
+    def use_agent_store(self) -> bool:
+        return True
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        store = dist.TCPStore(_LOOPBACK, self._port, is_master=False)
+        place = RendezvousStoreInfo(_LOOPBACK, self._port)
+        return RendezvousInfo(store, 0, 1, place)
+
+    def is_closed(self) -> bool:
+        return False
+
+    def set_closed(self) -> None: ...
+
+    def num_nodes_waiting(self) -> int:
+        return 0
+
+    def get_run_id(self) -> str:
+        return self._run_id
+
+    def shutdown(self) -> bool:
+        return True
 
 
 def _hear_only_stop() -> None:
@@ -110,7 +163,7 @@ def _hear_only_stop() -> None:
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = STOP.name
     os.register_at_fork(after_in_child=partial(_die_of, {*heard, STOP}))
     threading.Thread(target=_stop_with_the_launcher, daemon=True).start()
-    # Its threads wait, for the launcher and in the store: a fork finds no lock held.
+    # Its one thread waits for the launcher: a fork finds no lock held.
     warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
 
 

@@ -88,8 +88,8 @@ def agent_of(pid: int) -> int:
 
 
 def workers_of(pid: int) -> list[int]:
-    """Pids of the ranks: children of the launcher's agent."""
-    return children_of(agent_of(pid))
+    """Pids of the ranks: children of the launcher's agent, whose first child hosts the store."""
+    return children_of(agent_of(pid))[1:]
 
 
 def children_of(pid: int) -> list[int]:
@@ -299,9 +299,10 @@ def test_killed_launcher_takes_its_ranks_along(launch, tmp_path):
     wait_for_text(process)
     agent, workers = agent_of(process.pid), workers_of(process.pid)
     assert len(workers) == 2
+    store = children_of(agent)[0]
     process.kill()
     process.wait(timeout=10)
-    wait_until_gone([*workers, agent])
+    wait_until_gone([*workers, agent, store])
 
 
 def test_killed_agent_is_named_and_takes_its_ranks_along(launch, tmp_path):
@@ -362,3 +363,15 @@ def test_reader_that_leaves_does_not_fail_the_run(launch, tmp_path):
     process.stdout.close()
     assert process.wait(timeout=60) == 0
     assert len(results(tmp_path)) == 1
+
+
+def test_agent_forks_its_ranks_beside_no_thread_of_the_store(launch, tmp_path):
+    """Its server's threads look up names under a lock of the C library; a rank that was forked
+    meanwhile waited for that lock for ever.
+    """
+    process = launch(tmp_path, *LONG)
+    wait_for_text(process)
+    agent = agent_of(process.pid)
+    tasks = Path(f"/proc/{agent}/task").iterdir()
+    names = [(task / "comm").read_text().strip() for task in tasks]
+    assert not [name for name in names if "store" in name], names
