@@ -25,7 +25,7 @@ from parallel.model.decoder import Decoder
 from parallel.model.parameters import Parameter, parameters
 from parallel.model.placements import EMBEDDING, HEAD
 from parallel.placement import Index, Split
-from quant.kernels import Kernel
+from quant.kernels import Kernel, make_ready
 from quant.kernels.reference import ReferenceKernel
 from quant.weight import QuantizedWeight, ReadyWeight, Weight, fuse
 
@@ -136,7 +136,7 @@ class _Loader:
         placed = time.perf_counter()
         whole = parts[0] if len(parts) == 1 else fuse(parts)
         del parts
-        weight = self.kernel.pack(whole) if parameter.is_product else whole
+        weight = make_ready(self.kernel, whole) if parameter.is_product else whole
         packed = time.perf_counter()
         convert_s = placed - start - timed.read_s
         return _Loaded(parameter.name, weight, timed.read_s, convert_s, packed - placed)
@@ -147,7 +147,7 @@ class _Loader:
         shape = (self.layout.config.vocab_size, self.layout.config.hidden_size)
         if embedding.shape[0] == shape[0]:
             embedding = embedding[Split(0).index(shape, self.group.rank, self.group.size)[0]]
-        return self.kernel.pack(embedding)
+        return make_ready(self.kernel, embedding)
 
     def _place(self, weight: Weight) -> Weight:
         if isinstance(weight, QuantizedWeight):

@@ -27,7 +27,7 @@ from quant.kernels.reference import ReferenceKernel
 from quant.linear import linear
 from quant.weight import QuantizedWeight, fuse
 
-SETS = list(native.instruction_sets()) if native.library_path() else []
+SETS = list(native.instruction_sets()) if native.is_available() else []
 # (rows, out_features, in_features): odd sizes, one row, several panels, several chunks of columns.
 SHAPES = [(1, 64, 64), (3, 70, 129), (8, 33, 1026), (100, 96, 600), (2, 31, 13824), (5, 3, 1)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from quant.compiled import find_compiled
 
 # As in all_reduce.c; what is not here is added up by torch.
 KINDS = {
@@ -65,18 +66,18 @@ class CompiledAllReduce:
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled library, or None where there is none."""
-    here = Path(__file__).parent
-    paths = [here / f"_all_reduce{suffix}" for suffix in EXTENSION_SUFFIXES]
+    path = find_compiled(Path(__file__).parent, "_all_reduce")
+    if path is None:
+        return None
     try:
-        found = next((ctypes.CDLL(str(path)) for path in paths if path.exists()), None)
+        found = ctypes.CDLL(str(path))
     except OSError:
         return None
-    if found is not None:
-        found.shardrun_all_reduce.restype = _INT
-        found.shardrun_all_reduce.argtypes = [
-            _POINTER, _SIZE, _SIZE, _SIZE, ctypes.c_uint64, _POINTER, _POINTER, _SIZE, _SIZE, _INT,
-            ctypes.c_double, ctypes.c_double,
-        ]  # fmt: skip
-        found.shardrun_add_up.restype = None
-        found.shardrun_add_up.argtypes = [_POINTER, _POINTER, _SIZE, _SIZE, _INT]
+    found.shardrun_all_reduce.restype = _INT
+    found.shardrun_all_reduce.argtypes = [
+        _POINTER, _SIZE, _SIZE, _SIZE, ctypes.c_uint64, _POINTER, _POINTER, _SIZE, _SIZE, _INT,
+        ctypes.c_double, ctypes.c_double,
+    ]  # fmt: skip
+    found.shardrun_add_up.restype = None
+    found.shardrun_add_up.argtypes = [_POINTER, _POINTER, _SIZE, _SIZE, _INT]
     return found

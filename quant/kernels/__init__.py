@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from quant.weight import ReadyWeight, Weight
+from quant.weight import PackedWeight, QuantizedWeight, ReadyWeight, Weight
 
 
 class Kernel(Protocol):
@@ -19,6 +19,11 @@ class Kernel(Protocol):
 
     name: str
 
-    def pack(self, weight: Weight) -> ReadyWeight:
+    def pack(self, weight: QuantizedWeight) -> PackedWeight:
         """The weight in this path's layout; safe to call from several threads at once."""
         ...
+
+
+def make_ready(kernel: Kernel, weight: Weight) -> ReadyWeight:
+    """A weight as a product takes it: packed if it is quantized, else as it is."""
+    return kernel.pack(weight) if isinstance(weight, QuantizedWeight) else weight

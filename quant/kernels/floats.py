@@ -24,18 +24,18 @@ def linear_float(
     torch's own 16-bit product is taken where the processor has one and the sums need not stay in
     float32: without native bfloat16 it takes 4 to 8 times as long from 8 rows on.
     """
-    if weight_NK.dtype == torch.float32 or weight_NK.device.type != "cpu":
-        return _by_torch(x_MK, weight_NK, bias_N, out_dtype)
-    if out_dtype == x_MK.dtype and multiplies_16_bits(weight_NK.dtype):
+    if out_dtype == x_MK.dtype and _suits_torch(weight_NK):
         return F.linear(x_MK, weight_NK, bias_N)
     if _suits_native(x_MK, weight_NK):
         return native.linear_bfloat16(x_MK, weight_NK, bias_N).to(out_dtype)
     return linear_wide(x_MK, weight_NK, bias_N, out_dtype)
 
 
-def multiplies_16_bits(dtype: torch.dtype) -> bool:
-    """Whether this processor multiplies 16-bit floats of this kind itself."""
-    return _native_bfloat16() if dtype == torch.bfloat16 else False
+def _suits_torch(weight_NK: Tensor) -> bool:
+    """Whether this device multiplies numbers of this kind itself."""
+    if weight_NK.dtype == torch.float32 or weight_NK.device.type != "cpu":
+        return True
+    return weight_NK.dtype == torch.bfloat16 and _native_bfloat16()
 
 
 @cache
@@ -46,15 +46,8 @@ def _native_bfloat16() -> bool:
 def _suits_native(x_MK: Tensor, weight_NK: Tensor) -> bool:
     return (
         weight_NK.dtype == torch.bfloat16
+        and weight_NK.device.type == "cpu"
         and x_MK.shape[0] <= NATIVE_ROWS
         and weight_NK.is_contiguous()
         and native.is_available()
     )
-
-
-def _by_torch(
-    x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, out_dtype: torch.dtype
-) -> Tensor:
-    if out_dtype == x_MK.dtype:
-        return F.linear(x_MK, weight_NK, bias_N)
-    return linear_wide(x_MK, weight_NK, bias_N, out_dtype)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quant.activations import LEVELS_INT8, finish, num_levels, quantize_rows
-from quant.weight import PackedWeight, QuantizedWeight, ReadyWeight, Weight
+from quant.weight import PackedWeight, QuantizedWeight
 
 _ZERO_POINT = 128
 _FLOAT_EXACT = 2**24
@@ -28,8 +28,8 @@ class OneDnnKernel:
 
     name = "onednn"
 
-    def pack(self, weight: Weight) -> ReadyWeight:
-        return OneDnnWeight(weight) if isinstance(weight, QuantizedWeight) else weight
+    def pack(self, weight: QuantizedWeight) -> PackedWeight:
+        return OneDnnWeight(weight)
 
 
 class OneDnnWeight(PackedWeight):

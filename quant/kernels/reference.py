@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quant.activations import MOST_INT32_COLUMNS, RADIX, num_levels, planes, quantize_rows
-from quant.weight import PackedWeight, QuantizedWeight, ReadyWeight, Weight
+from quant.weight import PackedWeight, QuantizedWeight
 
 # Float32 bytes of the weight that are widened at a time, into one buffer that stays in cache.
 BLOCK_BYTES = 4 << 20
@@ -22,8 +22,8 @@ class ReferenceKernel:
 
     name = "reference"
 
-    def pack(self, weight: Weight) -> ReadyWeight:
-        return ReferenceWeight(weight) if isinstance(weight, QuantizedWeight) else weight
+    def pack(self, weight: QuantizedWeight) -> PackedWeight:
+        return ReferenceWeight(weight)
 
 
 class ReferenceWeight(PackedWeight):

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from quant.activations import num_levels
-from quant.weight import PackedWeight, QuantizedWeight, ReadyWeight, Weight
+from quant.compiled import find_compiled
+from quant.weight import PackedWeight, QuantizedWeight
 
 BLOCK = 32  # as in int8.c
 MAX_CHANNELS, MAX_GROUP = 256, 16  # as in attention.c
@@ -65,10 +65,8 @@ class NativeKernel:
         self.instruction_set = instruction_set or list(known)[-1]
         self.set_index = known[self.instruction_set]
 
-    def pack(self, weight: Weight) -> ReadyWeight:
-        return (
-            NativeWeight(weight, self.set_index) if isinstance(weight, QuantizedWeight) else weight
-        )
+    def pack(self, weight: QuantizedWeight) -> PackedWeight:
+        return NativeWeight(weight, self.set_index)
 
 
 class NativeWeight(PackedWeight):
@@ -241,13 +239,6 @@ def is_available() -> bool:
         return False
 
 
-def library_path() -> Path | None:
-    """The compiled library, or None where there was no C compiler at installation."""
-    here = Path(__file__).parent
-    names = [here / f"_native{suffix}" for suffix in EXTENSION_SUFFIXES]
-    return next((path for path in names if path.exists()), None)
-
-
 @cache
 def library() -> ctypes.CDLL:
     """The library, its functions declared. torch's OpenMP, which it shares, is loaded by now.
@@ -255,7 +246,7 @@ def library() -> ctypes.CDLL:
     Raises:
         OSError: it is not there, or needs what this machine lacks.
     """
-    path = library_path()
+    path = find_compiled(Path(__file__).parent, "_native")
     if path is None:
         raise OSError("not compiled: there was no C compiler when shardrun was installed")
     found = ctypes.CDLL(str(path))
