@@ -69,22 +69,13 @@ def test_a_damaged_weight_ends_the_loading_with_its_name(tmp_path):
 
 
 MEMORY_SCRIPT = """
-import sys, threading, time, torch
+import sys, torch
 from pathlib import Path
+from tests.memory import watch_memory
 from tests.test_load import load_parts
 torch.set_num_threads(1)
-def anonymous():
-    for line in open("/proc/self/smaps_rollup"):
-        if line.startswith("Anonymous:"): return int(line.split()[1]) << 10
-base, peak, done = anonymous(), 0, False
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, anonymous()); time.sleep(0.002)
-thread = threading.Thread(target=watch); thread.start()
-decoder, timings, _ = load_parts(Path(sys.argv[1]), num_threads=2)
-done = True; thread.join()
-print(peak - base, anonymous() - base, timings.weight_bytes)
+loaded, peak, after = watch_memory(lambda: load_parts(Path(sys.argv[1]), num_threads=2))
+print(peak, after, loaded[1].weight_bytes)
 """
 
 

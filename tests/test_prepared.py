@@ -157,26 +157,18 @@ def test_failed_prepare_leaves_nothing_behind(tmp_path, monkeypatch):
 def test_anonymous_memory_of_prepare_does_not_grow_with_the_model(tmp_path):
     """Two models of one layer shape, 2 and 12 layers: the peak is that of a few tensors."""
     script = """
-import sys, torch, threading, time
+import sys, torch
 torch.set_num_threads(1)
 from pathlib import Path
 from tests.checkpoints import write_checkpoint
+from tests.memory import watch_memory
 from tests.test_prepared import prepare
-def anonymous():
-    for line in open("/proc/self/smaps_rollup"):
-        if line.startswith("Anonymous:"): return int(line.split()[1])
 root, layers = Path(sys.argv[1]), int(sys.argv[2])
 write_checkpoint(root / "source", num_hidden_layers=layers, hidden_size=1024, intermediate_size=2816,
                  num_attention_heads=8, num_key_value_heads=8, dtype=torch.bfloat16)
 prepare(root / "source", root / "warm", 2)
-base, peak, done = anonymous(), 0, False
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, anonymous()); time.sleep(0.002)
-thread = threading.Thread(target=watch); thread.start()
-prepare(root / "source", root / "out", 2); done = True; thread.join()
-print(peak - base)
+_, peak, _ = watch_memory(lambda: prepare(root / "source", root / "out", 2))
+print(peak >> 10)
 """
 
     def peak_kib(layers: int) -> int:
