@@ -11,12 +11,13 @@ from glob import glob
 from setuptools import Extension, setup
 
 NATIVE = "quant/kernels/native"
+SOURCES = ("int8", "bfloat16", "attention", "elementwise", "program")
 
 setup(
     ext_modules=[
         Extension(
             "quant.kernels.native._native",
-            [f"{NATIVE}/{name}.c" for name in ("int8", "bfloat16", "attention", "elementwise")],
+            [f"{NATIVE}/{name}.c" for name in SOURCES],
             depends=sorted(glob(f"{NATIVE}/*.h")),
             extra_compile_args=[
                 "-O3",

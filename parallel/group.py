@@ -19,14 +19,16 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from parallel.errors import PeerError
+from quant.kernels.native.recording import active
 
 T = TypeVar("T")
 
@@ -40,9 +42,8 @@ class Group(ABC):
         rank: this rank, 0 <= rank < size.
         size: number of ranks.
         counts: how many times each collective was called, by name.
-        seconds: how long its calls took, by name, waiting for the others included; on a GPU, how
-            long it took to enqueue them.
-        calls: how long each call took, in order, while somebody keeps a list here; None: nobody.
+        calls: how many seconds each call took, in order, waiting for the others included, while
+            somebody keeps a list here; None: nobody. On a GPU: how long it took to enqueue it.
     """
 
     def __init__(self, rank: int, size: int) -> None:
@@ -50,7 +51,6 @@ class Group(ABC):
         self.rank = rank
         self.size = size
         self.counts: Counter[str] = Counter()
-        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.calls: list[float] | None = None
 
     def all_reduce(self, x: Tensor, op: str = "sum") -> Tensor:
@@ -87,13 +87,16 @@ class Group(ABC):
 
     def _counted(self, name: str, num_bytes: int, collective: Callable[[], T]) -> T:
         self.counts[name] += 1
+        recording = active()
+        num_calls = recording.num_calls if recording else 0
         started_at = time.perf_counter()
         result = collective()
-        self._note(name, time.perf_counter() - started_at)
+        self._note(time.perf_counter() - started_at)
+        if recording and recording.num_calls == num_calls:
+            recording.spoil(f"{name} of a {type(self).__name__}")
         return result
 
-    def _note(self, name: str, seconds: float) -> None:
-        self.seconds[name] += seconds
+    def _note(self, seconds: float) -> None:
         if self.calls is not None:
             self.calls.append(seconds)
 
@@ -160,8 +163,13 @@ class ProcessGroup(Group):
         self._describe_failure = describe_failure
 
     def _counted(self, name: str, num_bytes: int, collective: Callable[[], T]) -> T:
-        try:
+        with self._naming_the_culprit(name):
             return super()._counted(name, num_bytes, collective)
+
+    @contextmanager
+    def _naming_the_culprit(self, name: str) -> Iterator[None]:
+        try:
+            yield
         except self.breaks as error:
             reason = str(error).partition("\n")[0][:200]
             call = f"{name} number {self.counts[name]} ({reason})"
@@ -271,7 +279,7 @@ class SimulatedGroup(Group):
 
     Args:
         cost_s: how many seconds a collective (by name, of so many bytes) would take. They are added
-            to `seconds`, and nobody waits for them; default: nothing.
+            to `calls`, and nobody waits for them; default: nothing.
     """
 
     def __init__(
@@ -281,8 +289,15 @@ class SimulatedGroup(Group):
         self._cost_s = cost_s
 
     def _counted(self, name: str, num_bytes: int, collective: Callable[[], T]) -> T:
-        self.counts[name] += 1
-        self._note(name, self._cost_s(name, num_bytes) if self._cost_s else 0.0)
+        seconds = self._cost_s(name, num_bytes) if self._cost_s else 0.0
+
+        def note() -> None:
+            self.counts[name] += 1
+            self._note(seconds)
+
+        note()
+        if (recording := active()) is not None:
+            recording.after(note)
         return collective()
 
     def _all_reduce(self, x: Tensor, op: str) -> Tensor:

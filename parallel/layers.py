@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.group import Group
-from quant.activations import MOST_INT32_COLUMNS, row_amax
+from quant.activations import MOST_INT32_COLUMNS
+from quant.elementwise import round_sums
 from quant.linear import linear
 from quant.weight import PackedWeight, ReadyWeight
 
@@ -73,10 +74,7 @@ class RowParallelLinear:
         if isinstance(self.local_weight, PackedWeight) and self._is_exact(self.local_weight):
             return self._sum_exactly(local_x_MK, self.local_weight)
         partial_MN = linear(local_x_MK, self.local_weight, wide=True)
-        full_MN = self.group.all_reduce(partial_MN)
-        if self.bias is not None:
-            full_MN = full_MN + self.bias
-        return full_MN.to(local_x_MK.dtype)
+        return round_sums(self.group.all_reduce(partial_MN), self.bias, local_x_MK.dtype)
 
     def _is_exact(self, weight: PackedWeight) -> bool:
         return weight.activation_dtype == "int8" if self.exact_sums is None else self.exact_sums
@@ -85,7 +83,7 @@ class RowParallelLinear:
         assert weight.shape[1] * self.group.size <= MOST_INT32_COLUMNS or (
             weight.activation_dtype is None
         ), "the integer sums would not fit"
-        amax_M = self.group.all_reduce(row_amax(local_x_MK), "max")
+        amax_M = self.group.all_reduce(weight.row_amax(local_x_MK), "max")
         sums_MN = self.group.all_reduce(weight.sums(local_x_MK, amax_M))
         return weight.finish(sums_MN, amax_M, self.bias, local_x_MK.dtype, local_x_MK.dtype)
 

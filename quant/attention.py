@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor
 
-from quant.kernels import native
+from quant.kernels.native import step as native
 
 
 def decode_attention(
     q_BHC: Tensor,
     keys_BKLC: Tensor,
     values_BKLC: Tensor,
-    lengths_B: Tensor,
-    mask_B11L: Tensor | None,
+    positions_B: Tensor,
+    mask: Callable[[], Tensor | None],
 ) -> Tensor:
     """`softmax(q . keys / sqrt(C)) . values`, [B, H, C] in q's dtype, sums in float32.
 
@@ -21,15 +23,30 @@ def decode_attention(
 
     Args:
         keys_BKLC, values_BKLC: views of the cache, the same strides.
-        lengths_B: int64, positions in use of each sequence, 1 to L.
-        mask_B11L: the same as something to add to the scores, or None where all of L is in use.
+        positions_B: int64; a query sees its own position and those before it.
+        mask: gives the same as something to add to the scores, [B, 1, 1, L], or None where all of
+            L is seen; asked only where torch attends.
     """
     if native.can_attend(q_BHC, keys_BKLC):
-        return native.attend(q_BHC, keys_BKLC, values_BKLC, lengths_B)
+        return native.attend(q_BHC, keys_BKLC, values_BKLC, positions_B)
     q_BKGC = q_BHC.unflatten(1, (keys_BKLC.shape[1], -1))
     num_groups = q_BKGC.shape[2]
     if num_groups == 1 and q_BKGC.device.type == "cpu" and q_BKGC.itemsize == 2:
         # torch multiplies two rows of 16 bits in half the time of one.
         q_BKGC = q_BKGC.expand(-1, -1, 2, -1)
-    out_BKGC = F.scaled_dot_product_attention(q_BKGC, keys_BKLC, values_BKLC, mask_B11L)
+    out_BKGC = F.scaled_dot_product_attention(q_BKGC, keys_BKLC, values_BKLC, mask())
     return out_BKGC[:, :, :num_groups].flatten(1, 2)
+
+
+def write_slots(
+    k_THC: Tensor, v_THC: Tensor, slots_T: Tensor, keys_HSC: Tensor, values_HSC: Tensor
+) -> None:
+    """Store the keys and values of some tokens at their slots of the cache, all of one dtype.
+
+    Heads of k and v lie one after the other; those of the cache need not.
+    """
+    if native.can_write(k_THC, v_THC, keys_HSC, values_HSC):
+        native.write_slots(k_THC, v_THC, slots_T, keys_HSC, values_HSC)
+        return
+    keys_HSC.index_copy_(1, slots_T, k_THC.transpose(0, 1))
+    values_HSC.index_copy_(1, slots_T, v_THC.transpose(0, 1))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quant.kernels import native
+from quant.kernels.native import step as native
 
 _LANES = 8
 
@@ -34,17 +34,27 @@ def silu_product(gate_up_TF: Tensor, sizes: tuple[int, int]) -> Tensor:
     return F.silu(gate_TF).mul_(up_TF)
 
 
-def rotate(x_TE: Tensor, num_heads: int, cos_T1C: Tensor, sin_T1C: Tensor) -> None:
-    """Turn the first heads of each row by its rotary angles, in place.
+def rotate(
+    x_TE: Tensor, num_heads: int, cos_L1C: Tensor, sin_L1C: Tensor, positions_T: Tensor
+) -> None:
+    """Turn the first heads of each row by the rotary angles of its position, in place.
 
     Args:
         x_TE: [tokens, at least num_heads * C].
-        cos_T1C, sin_T1C: each token's; the first half of the sines is negative.
+        cos_L1C, sin_L1C: of every position; the first half of the sines is negative.
     """
-    channels = cos_T1C.shape[-1]
-    if channels % (2 * _LANES) == 0 and native.takes(x_TE, cos_T1C, sin_T1C):
-        native.rotate(x_TE, num_heads, cos_T1C, sin_T1C)
+    channels = cos_L1C.shape[-1]
+    if channels % (2 * _LANES) == 0 and native.takes(x_TE, cos_L1C, sin_L1C):
+        native.rotate(x_TE, num_heads, cos_L1C, sin_L1C, positions_T)
         return
     x_THC = x_TE[:, : num_heads * channels].unflatten(1, (num_heads, channels))
     turned_THC = x_THC.roll(channels // 2, -1)
-    x_THC.mul_(cos_T1C).addcmul_(turned_THC, sin_T1C)
+    x_THC.mul_(cos_L1C[positions_T]).addcmul_(turned_THC, sin_L1C[positions_T])
+
+
+def round_sums(sums_TD: Tensor, bias_D: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`sums + bias` of float32 sums, rounded to `dtype` once."""
+    given = (sums_TD,) if bias_D is None else (sums_TD, bias_D.float())
+    if dtype == torch.bfloat16 and native.takes(*given):
+        return native.round_sums(sums_TD, bias_D)
+    return (sums_TD if bias_D is None else sums_TD + bias_D).to(dtype)

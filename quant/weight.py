@@ -68,9 +68,13 @@ class PackedWeight(ABC):
             amax_M: float32, the largest absolute value of each row, which x may be a part of.
         """
 
+    def row_amax(self, x_MK: Tensor) -> Tensor:
+        """float32 [M]: the largest absolute value of each row; NaN where a row holds one."""
+        return row_amax(x_MK)
+
     def linear(self, x_MK: Tensor, bias_N: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """`x @ weight.T + bias` as `out_dtype`, [M, out_features]; rounded to it once."""
-        amax_M = row_amax(x_MK)
+        amax_M = self.row_amax(x_MK)
         return self.finish(self.sums(x_MK, amax_M), amax_M, bias_N, x_MK.dtype, out_dtype)
 
     def finish(

@@ -10,6 +10,7 @@ same steps are run without stamps in between: what the stamps cost is the row "s
 from __future__ import annotations
 
 import argparse
+import ctypes
 import functools
 import os
 import statistics
@@ -33,10 +34,22 @@ from parallel.generation.cache import KVCache
 from parallel.generation.sampling import Sampling
 from parallel.group import Group, LoneGroup, SimulatedGroup
 from parallel.load import LoadTimings, load_decoder
+from parallel.model.captured import CapturedLayers
 from quant.kernels.choice import KERNELS, open_kernel
+from quant.kernels.native import NativeWeight
+from quant.kernels.native.recording import Program
 from quant.scheme import QuantScheme
 from quant.weight import ReadyWeight
 
+RUN = Program.run
+# What a step's recorded calls are, but for its products; by the names of their structs.
+RECORDED = {
+    "attend": "attention",
+    "write_slots": "cache write",
+    "rms_norm": "residual sums, norms",
+    "silu_product": "silu(gate) * up",
+    "rotate": "rotary",
+}
 CONF = Path(__file__).parents[1] / "conf" / "model"
 SCHEMES = {
     "none": QuantScheme(),
@@ -75,6 +88,18 @@ class Stopwatch:
                     self._inside[-1] += spent
 
         return stamped
+
+    def recorded(self, kind: Callable[[Any], str]) -> Any:
+        """Program.run with stamps between its calls; `kind` may depend on a call's arguments."""
+
+        def run(program: Program) -> None:
+            seconds = (ctypes.c_double * len(program.calls))()
+            RUN(program, seconds)
+            for arguments, spent in zip(program.arguments, seconds, strict=True):
+                self._self_s[kind(arguments)] += spent
+                self._inside[-1] += spent
+
+        return run
 
     def phased(self, phase: str, generator: Callable[..., Iterator[Any]]) -> Any:
         """An outermost generator, one step a call: its work is done while it is read, here at once."""
@@ -129,6 +154,12 @@ def products(decoder: model.Decoder) -> Iterator[tuple[str, ReadyWeight]]:
     yield "lm_head product", decoder.lm_head.local_weight
 
 
+def weight_address(weight: ReadyWeight) -> int:
+    """Of the bytes that a product reads."""
+    data = weight._packed if isinstance(weight, NativeWeight) else weight
+    return data.data_ptr() if isinstance(data, torch.Tensor) else id(weight)
+
+
 @contextmanager
 def stamps(watch: Stopwatch, decoder: model.Decoder, *, parts: bool) -> Iterator[None]:
     """Stamp the steps, and their parts if asked, for as long as the context lasts."""
@@ -141,9 +172,18 @@ def stamps(watch: Stopwatch, decoder: model.Decoder, *, parts: bool) -> Iterator
         """Its bias, its rounding, and exact sums, which do not pass through `linear`."""
         return kinds[id(layer.local_weight)]
 
+    places = {weight_address(weight): name for name, weight in products(decoder)}
+
+    def recorded(arguments: Any) -> str:
+        name = type(arguments).__name__
+        if name in RECORDED:
+            return RECORDED[name]
+        return places.get(arguments.packed if name == "linear" else arguments.w, name)
+
     group = type(decoder.group)
     targets: list[tuple[Any, str, str | Callable[..., str]]] = [
         (layers, "linear", product),
+        (CapturedLayers, "__call__", "program"),
         (model, "rotate", "rotary"),
         (KVCache, "write", "cache write"),
         (model.Attention, "decode", "attention"),
@@ -172,6 +212,9 @@ def stamps(watch: Stopwatch, decoder: model.Decoder, *, parts: bool) -> Iterator
     ]
     for owner, name, kind in targets:
         setattr(owner, name, watch.timed(kind, getattr(owner, name)))
+    if parts:
+        undo.append((Program, "run", RUN))
+        Program.run = watch.recorded(recorded)  # type: ignore[method-assign]
     for name, phase in phases:
         whole = getattr(decode.GenerationLoop, name)
         setattr(decode.GenerationLoop, name, watch.phased(phase, whole))

@@ -7,7 +7,8 @@ import torch
 
 from quant import attention
 from quant.attention import decode_attention
-from quant.kernels import native
+from quant.kernels.native import step as native
+from quant.kernels.native.library import is_available
 
 # (sequences, kv heads, query heads of each, head_dim, positions): one piece and several, one group
 # and many, lengths that end inside a piece.
@@ -31,7 +32,7 @@ def case(shape, dtype):
     lengths[0] = length
     hidden = torch.arange(length) >= lengths[:, None]
     mask = torch.zeros(batch, length, dtype=dtype).masked_fill_(hidden, -torch.inf)
-    return qkv[:, : kv_heads * groups] * 3, keys, values, lengths, mask[:, None, None, :]
+    return qkv[:, : kv_heads * groups] * 3, keys, values, lengths - 1, mask[:, None, None, :]
 
 
 def exact(q, keys, values, mask):
@@ -46,12 +47,12 @@ def exact(q, keys, values, mask):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_decode_attention_is_that_of_float64(shape, dtype, path, monkeypatch):
-    q, keys, values, lengths, mask = case(shape, dtype)
+    q, keys, values, positions, mask = case(shape, dtype)
     if path == "torch":
         monkeypatch.setattr(attention.native, "can_attend", lambda *_: False)
     elif not native.can_attend(q, keys):
         pytest.skip("no C compiler at installation")
-    found = decode_attention(q, keys, values, lengths, mask)
+    found = decode_attention(q, keys, values, positions, lambda: mask)
     assert found.dtype == dtype
     wanted = exact(q, keys, values, mask)
     # float32: a few roundings of the sums; bfloat16: one rounding of the output, two by torch.
@@ -59,19 +60,21 @@ def test_decode_attention_is_that_of_float64(shape, dtype, path, monkeypatch):
     assert (found - wanted).norm() <= tolerance * wanted.norm()
 
 
-@pytest.mark.skipif(not native.is_available(), reason="no C compiler at installation")
+@pytest.mark.skipif(not is_available(), reason="no C compiler at installation")
 def test_head_is_the_same_whatever_other_heads_and_sequences_there_are():
     """So a rank's heads give the bits that they give on one rank."""
-    q, keys, values, lengths, mask = case((3, 2, 4, 16, 130), torch.float32)
-    whole = decode_attention(q, keys, values, lengths, mask)
-    alone = decode_attention(q[1:2, 4:], keys[1:2, 1:], values[1:2, 1:], lengths[1:2], None)
+    q, keys, values, positions, mask = case((3, 2, 4, 16, 130), torch.float32)
+    whole = decode_attention(q, keys, values, positions, lambda: mask)
+    alone = decode_attention(
+        q[1:2, 4:], keys[1:2, 1:], values[1:2, 1:], positions[1:2], lambda: None
+    )
     assert torch.equal(alone, whole[1:2, 4:])
 
 
-@pytest.mark.skipif(not native.is_available(), reason="no C compiler at installation")
+@pytest.mark.skipif(not is_available(), reason="no C compiler at installation")
 def test_nan_in_a_key_is_not_hidden():
-    q, keys, values, lengths, mask = case((2, 1, 8, 128, 200), torch.float32)
+    q, keys, values, positions, mask = case((2, 1, 8, 128, 200), torch.float32)
     keys[0, 0, 3, 5] = torch.nan
-    found = decode_attention(q, keys, values, lengths, mask)
+    found = decode_attention(q, keys, values, positions, lambda: mask)
     assert found[0].isnan().all()
     assert found[1].isfinite().all()

@@ -22,12 +22,13 @@ from quant.activations import (
 from quant.errors import QuantError
 from quant.kernels import choice, native
 from quant.kernels.choice import is_exact, open_kernel, problem
+from quant.kernels.native import library, step
 from quant.kernels.onednn import OneDnnKernel, digit_radix, digits
 from quant.kernels.reference import ReferenceKernel
 from quant.linear import linear
 from quant.weight import QuantizedWeight, fuse
 
-SETS = list(native.instruction_sets()) if native.is_available() else []
+SETS = list(library.instruction_sets()) if library.is_available() else []
 # (rows, out_features, in_features): odd sizes, one row, several panels, several chunks of columns.
 SHAPES = [(1, 64, 64), (3, 70, 129), (8, 33, 1026), (100, 96, 600), (2, 31, 13824), (5, 3, 1)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -227,9 +228,11 @@ def test_native_bfloat16_product_has_float32_sums(shape):
     x, weight = torch.randn(rows, in_features).bfloat16(), torch.randn(out_features, in_features)
     weight, bias = weight.bfloat16(), torch.randn(out_features)
     exact = x.double() @ weight.double().T + bias
-    found = native.linear_bfloat16(x, weight, bias)
+    found = step.linear_bfloat16(x, weight, bias, torch.float32)
     # bfloat16 products are exact in float32; what is lost are the roundings of a sum of that many.
     assert (found - exact).norm() <= 2**-22 * in_features**0.5 * exact.norm()
     # A row's bits depend on no other row, nor a channel's on other channels.
-    assert torch.equal(native.linear_bfloat16(x[-1:], weight, bias), found[-1:])
-    assert torch.equal(native.linear_bfloat16(x, weight[-1:], bias[-1:]), found[:, -1:])
+    assert torch.equal(step.linear_bfloat16(x[-1:], weight, bias, torch.float32), found[-1:])
+    assert torch.equal(
+        step.linear_bfloat16(x, weight[-1:], bias[-1:], torch.float32), found[:, -1:]
+    )

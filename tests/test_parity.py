@@ -13,7 +13,7 @@ from parallel.checkpoint.open import open_checkpoint
 from parallel.generation.cache import KVCache
 from parallel.generation.sampling import Sampling
 from parallel.model import parameters
-from parallel.model.decoder import Attention, Step, StepContext, score_masks
+from parallel.model.decoder import Attention, Step, StepContext
 from tests.models import RTN, generate, load, logits, run_ranks
 
 transformers = pytest.importorskip("transformers")
@@ -173,7 +173,7 @@ def test_decode_attention_equals_the_formula(dtype, num_groups):
         slots = torch.arange(length) + row * 9
         cache.write(0, slots, *torch.randn(2, length, 2, 16).to(dtype))
     step = Step(lengths, lengths - 1, lengths, lengths, length=7)
-    context = StepContext(step, lengths, lengths, score_masks(step, dtype))
+    context = StepContext(step, torch.empty(0, dtype=dtype), torch.empty(0))
     attention = Attention(0, 16, None, None)  # its products are not called
     found = attention.decode(q_BHC, context, cache)
     for row, length in enumerate(lengths.tolist()):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from quant.compiled import find_compiled
+from quant.kernels.native.recording import active
 
 # As in all_reduce.c; what is not here is added up by torch.
 KINDS = {
@@ -19,7 +22,36 @@ KINDS = {
     (torch.int32, "sum"): 2,
     (torch.int64, "sum"): 3,
 }
-_POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_POINTER, _SIZE, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+
+
+class Progress(ctypes.Structure):
+    """How far a group has come, for its calls in Python and in C.
+
+    Attributes:
+        turn: the last turn that this rank has begun.
+        all_reached: a turn that all ranks are known to have reached.
+        stage: where in its turn a call in C has stopped to wait.
+    """
+
+    _fields_ = tuple((name, ctypes.c_uint64) for name in ("turn", "all_reached", "stage"))
+    turn: int
+    all_reached: int
+    stage: int
+
+    @property
+    def awaited(self) -> int:
+        """The turn that a stopped call wants all ranks to reach; before it writes, the last one."""
+        return self.turn - (self.stage == 1)
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = (
+        ("progress", _POINTER), ("cells", _POINTER), ("cell_bytes", _SIZE), ("rank", _SIZE),
+        ("size", _SIZE), ("x", _POINTER), ("slots", _POINTER), ("num_bytes", _SIZE),
+        ("count", _SIZE), ("kind", _SIZE), ("spin_s", _DOUBLE), ("yield_s", _DOUBLE),
+        ("started", _DOUBLE), ("seconds", _DOUBLE),
+    )  # fmt: skip
 
 
 class CompiledAllReduce:
@@ -27,40 +59,70 @@ class CompiledAllReduce:
 
     Args:
         cells: address of the ranks' numbers, `cell_bytes` apart.
-        slots: for each half, the address of each rank's slot.
+        slots: the address of each rank's slot, of the first half and then of the second.
         spin_s, yield_s: as in Patience.
+        wait: returns once all have reached the awaited turn.
+        begin, note: called as a program's call begins, and with its seconds when it is done.
     """
 
     def __init__(
         self,
         library: ctypes.CDLL,
         rank: int,
+        progress: Progress,
         cells: int,
         cell_bytes: int,
-        slots: Sequence[Sequence[int]],
+        slots: Sequence[int],
         spin_s: float,
         yield_s: float,
+        wait: Callable[[], None],
+        begin: Callable[[], None],
+        note: Callable[[float], None],
     ) -> None:
-        self._library = library
-        self._rank, self._size = rank, len(slots[0])
-        self._cells, self._cell_bytes = cells, cell_bytes
-        self._slots = [(_POINTER * self._size)(*addresses) for addresses in slots]
-        self._spin_s, self._yield_s = spin_s, yield_s
+        self._function = library.shardrun_all_reduce
+        self._progress = progress
+        self._slots = (_POINTER * len(slots))(*slots)
+        self._ranks = (cells, cell_bytes, rank, len(slots) // 2)
+        self._patience = (spin_s, yield_s)
+        self._wait, self._begin, self._note = wait, begin, note
 
-    def meet(self, x: Tensor, op: str, turn: int) -> bool:
-        """Lay x down for this turn and add up, if the others come soon; whether they did."""
-        done: int = self._library.shardrun_all_reduce(
-            self._cells, self._cell_bytes, self._rank, self._size, turn, x.data_ptr(),
-            self._slots[turn % 2], x.nbytes, x.numel(), KINDS[x.dtype, op], self._spin_s,
-            self._yield_s,
+    def __call__(self, x: Tensor, op: str) -> None:
+        """The sum over the ranks, in place; a recording notes it."""
+        arguments = _Arguments(
+            ctypes.addressof(self._progress), *self._ranks, x.data_ptr(),
+            ctypes.addressof(self._slots), x.nbytes, x.numel(), KINDS[x.dtype, op], *self._patience,
         )  # fmt: skip
-        return done == 1
+        while self._function(ctypes.byref(arguments)):
+            self._wait()
+        if (recording := active()) is not None:
+            call = _Recorded(arguments, self._wait, self._begin, self._note)
+            recording.add(self._function, arguments, call)
 
-    def add_up(self, x: Tensor, op: str, turn: int) -> None:
-        """What `meet` left out, once all others have reached the turn."""
-        self._library.shardrun_add_up(
-            x.data_ptr(), self._slots[turn % 2], self._size, x.numel(), KINDS[x.dtype, op]
-        )
+
+@dataclass
+class _Recorded:
+    """A call of a program, as quant.kernels.native.recording.Waiting."""
+
+    arguments: _Arguments
+    wait_for_all: Callable[[], None]
+    begin: Callable[[], None]
+    note: Callable[[float], None]
+    has_begun: bool = False
+
+    def wait(self) -> None:
+        self._count()
+        self.wait_for_all()
+
+    def done(self) -> None:
+        self._count()
+        self.has_begun = False
+        self.note(self.arguments.seconds)
+
+    def _count(self) -> None:
+        """Once a call, and before it waits: others tell from the counts who is behind."""
+        if not self.has_begun:
+            self.begin()
+        self.has_begun = True
 
 
 @cache
@@ -70,14 +132,8 @@ def library() -> ctypes.CDLL | None:
     if path is None:
         return None
     try:
-        found = ctypes.CDLL(str(path))
+        found: Any = ctypes.CDLL(str(path))
     except OSError:
         return None
-    found.shardrun_all_reduce.restype = _INT
-    found.shardrun_all_reduce.argtypes = [
-        _POINTER, _SIZE, _SIZE, _SIZE, ctypes.c_uint64, _POINTER, _POINTER, _SIZE, _SIZE, _INT,
-        ctypes.c_double, ctypes.c_double,
-    ]  # fmt: skip
-    found.shardrun_add_up.restype = None
-    found.shardrun_add_up.argtypes = [_POINTER, _POINTER, _SIZE, _SIZE, _INT]
-    return found
+    found.shardrun_all_reduce.argtypes = [_POINTER]
+    return cast(ctypes.CDLL, found)

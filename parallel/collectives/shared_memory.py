@@ -20,7 +20,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from parallel.collectives.compiled import KINDS, CompiledAllReduce, library
+from parallel.collectives.compiled import KINDS, CompiledAllReduce, Progress, library
 from parallel.collectives.segment import Segment
 from parallel.collectives.signals import CELL_BYTES, AbsentError, Patience, Presence, Signals
 from parallel.group import ProcessGroup, reduce_into
@@ -114,8 +114,7 @@ class SharedMemoryGroup(ProcessGroup):
         self._my_cell = self._signals.turn_cell(rank)
         self._other_cells = [self._signals.turn_cell(other) for other in self._others]
         self._mail: Counter[int] = Counter()  # pieces sent and received, by signal
-        self._turn = 0
-        self._all_reached = 0  # a turn that all ranks are known to have reached
+        self._progress = Progress()
         self._slots = lru_cache(maxsize=256)(self._make_slots)
         self._parts = lru_cache(maxsize=256)(self._make_parts)
         with torch.inference_mode(False):
@@ -184,13 +183,10 @@ class SharedMemoryGroup(ProcessGroup):
 
     def _reduce_at_once(self, x: Tensor, op: str) -> None:
         """One turn: every rank adds up everything."""
-        half = self._start_turn()
         if self._compiled is not None and (x.dtype, op) in KINDS:
-            if not self._compiled.meet(x, op, self._turn):
-                self._signals.wait_for(self._other_cells, self._turn)
-                self._compiled.add_up(x, op, self._turn)
-            self._all_reached = self._turn
+            self._compiled(x, op)
             return
+        half = self._start_turn()
         memmove(self._my_slots[half], x.data_ptr(), x.nbytes)
         self._meet()
         reduce_into(x, self._slots(half, x.dtype, x.shape), op)
@@ -237,8 +233,8 @@ class SharedMemoryGroup(ProcessGroup):
 
     def _start_turn(self, writes: bool = True) -> int:
         """Which half of the slots this turn is for; whoever writes waits until it is read."""
-        self._turn += 1
-        if writes and self._all_reached < self._turn - 1:
+        self._progress.turn += 1
+        if writes and self._progress.all_reached < self._turn - 1:
             self._signals.wait_for(self._other_cells, self._turn - 1)
         return self._turn % 2
 
@@ -246,7 +242,11 @@ class SharedMemoryGroup(ProcessGroup):
         """Say that this rank has reached the turn, and wait until all have."""
         self._signals.raise_to(self._my_cell, self._turn)
         self._signals.wait_for(self._other_cells, self._turn)
-        self._all_reached = self._turn
+        self._progress.all_reached = self._turn
+
+    @property
+    def _turn(self) -> int:
+        return self._progress.turn
 
     def _empty_parts(self, x: Tensor) -> list[Tensor]:
         return [torch.empty(x.shape, dtype=x.dtype) for _ in range(self.size)]
@@ -255,10 +255,24 @@ class SharedMemoryGroup(ProcessGroup):
         found = library()
         if found is None:
             return None
-        slots = [[self._slot_address(half, rank) for rank in range(self.size)] for half in (0, 1)]
         return CompiledAllReduce(
-            found, self.rank, self._address, CELL_BYTES, slots, patience.spin_s, patience.yield_s
+            found,
+            self.rank,
+            self._progress,
+            self._address,
+            CELL_BYTES,
+            [self._slot_address(half, rank) for half in (0, 1) for rank in range(self.size)],
+            patience.spin_s,
+            patience.yield_s,
+            self._wait_for_all,
+            lambda: self.counts.update(all_reduce=1),
+            self._note,
         )
+
+    def _wait_for_all(self) -> None:
+        """Until a call in C may go on; also inside a program, where no collective is entered."""
+        with self._naming_the_culprit("all_reduce"):
+            self._signals.wait_for(self._other_cells, self._progress.awaited)
 
     def _slot_address(self, half: int, rank: int) -> int:
         return self._address + self._layout.slot(half, rank).start

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quant.attention import write_slots
+
 
 class KVCache:
     """Keys and values of every layer, for `num_rows` sequences of at most `max_length` tokens.
@@ -39,8 +41,7 @@ class KVCache:
     def write(self, layer: int, slots_T: Tensor, k_THC: Tensor, v_THC: Tensor) -> None:
         """Store one step's keys and values, [tokens, heads, head_dim], at their slots."""
         views = self._layers[layer]
-        views.keys_HSC.index_copy_(1, slots_T, k_THC.transpose(0, 1))
-        views.values_HSC.index_copy_(1, slots_T, v_THC.transpose(0, 1))
+        write_slots(k_THC, v_THC, slots_T, views.keys_HSC, views.values_HSC)
 
     def row(self, layer: int, row: int, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one sequence's first `length` positions, views [heads, length, C]."""

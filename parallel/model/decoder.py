@@ -7,7 +7,7 @@ L length of the cache, F local FFN, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,6 +23,7 @@ from parallel.layers import (
     VocabParallelEmbedding,
     VocabParallelHead,
 )
+from parallel.model.captured import CapturedLayers, can_capture
 from parallel.model.config import ModelConfig
 from parallel.model.rope import cos_sin_table
 from quant.attention import decode_attention
@@ -76,21 +77,21 @@ class StepContext:
 
     Attributes:
         step: its tokens.
-        cos_T1C, sin_T1C: each token's rotary angles.
-        masks: for each run of a prefill, or once for decode: what is added to the scores, 0 or
-            -inf, or None where every query sees every position or the run is a whole prompt's
-            beginning, which the attention masks by itself.
+        cos_L1C, sin_L1C: the rotary angles of every position.
     """
 
     step: Step
-    cos_T1C: Tensor
-    sin_T1C: Tensor
-    masks: tuple[Tensor | None, ...]
+    cos_L1C: Tensor
+    sin_L1C: Tensor
 
     @cached_property
-    def lengths(self) -> Tensor:
-        """Decode: how many positions each token sees, its own among them."""
-        return self.step.positions_T + 1
+    def masks(self) -> tuple[Tensor | None, ...]:
+        """For each run of a prefill, or once for decode: what is added to the scores, 0 or -inf.
+
+        None where every query sees every position, or the run is a whole prompt's beginning, which
+        the attention masks by itself.
+        """
+        return score_masks(self.step, self.cos_L1C.dtype)
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,13 @@ class Attention:
         num_heads, num_kv_heads, _ = (size // self.head_dim for size in self.qkv_proj.local_sizes)
         qkv = self.qkv_proj(x_TD)
         # q and k lie side by side: one rotation turns both.
-        rotate(qkv, num_heads + num_kv_heads, context.cos_T1C, context.sin_T1C)
+        rotate(
+            qkv,
+            num_heads + num_kv_heads,
+            context.cos_L1C,
+            context.sin_L1C,
+            context.step.positions_T,
+        )
         qkv_TEC = qkv.unflatten(1, (-1, self.head_dim))
         q_THC, k_TKC, v_TKC = qkv_TEC.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
         cache.write(self.layer, context.step.slots_T, k_TKC, v_TKC)
@@ -149,7 +156,8 @@ class Attention:
     def decode(self, q_BHC: Tensor, context: StepContext, cache: KVCache) -> Tensor:
         """One token a sequence."""
         k_BKLC, v_BKLC = cache.rows(self.layer, q_BHC.shape[0], context.step.length)
-        return decode_attention(q_BHC, k_BKLC, v_BKLC, context.lengths, context.masks[0])
+        positions_B = context.step.positions_T
+        return decode_attention(q_BHC, k_BKLC, v_BKLC, positions_B, lambda: context.masks[0])
 
 
 @dataclass(frozen=True)
@@ -214,24 +222,40 @@ class Decoder:
         self.device = norm.weight_D.device
         cos_L1C, sin_L1C = cos_sin_table(config, max_length, self.dtype)
         self._cos_L1C, self._sin_L1C = cos_L1C.to(self.device), sin_L1C.to(self.device)
+        self._can_capture = can_capture(self.device)
+        self._captured: dict[int, CapturedLayers] = {}  # by the number of sequences
+        self._captured_cache: KVCache | None = None
 
     @torch.inference_mode()
     def __call__(self, step: Step, cache: KVCache) -> Tensor | None:
         """float32 logits [S, V] of the selected tokens on rank 0, None on the other ranks."""
-        context = StepContext(
-            step,
-            self._cos_L1C[step.positions_T],
-            self._sin_L1C[step.positions_T],
-            score_masks(step, self.dtype),
-        )
         x_TD = self.embed_tokens(step.token_ids_T)
-        delta_TD = None
-        for layer in self.layers:
-            delta_TD = layer(x_TD, delta_TD, context, cache)
+        x_TD, delta_TD = self._run_layers(x_TD, step, cache)
         if step.select_S.numel() == 0:
             return None
-        assert delta_TD is not None, "a model has layers"
         return self.lm_head(self.norm(x_TD[step.select_S], delta_TD[step.select_S]))
+
+    def _run_layers(self, x_TD: Tensor, step: Step, cache: KVCache) -> tuple[Tensor, Tensor]:
+        """The residual stream before the last layer adds to it, and what that adds."""
+        if step.segments or not self._can_capture:
+            return x_TD, self._walk(x_TD, step, cache, lambda: None)
+        if self._captured_cache is not cache:
+            self._captured, self._captured_cache = {}, cache
+        captured = self._captured.setdefault(len(x_TD), CapturedLayers(self._walk, cache))
+        found = captured(x_TD, step)
+        self._can_capture = captured.spoiled is None
+        return found
+
+    def _walk(
+        self, x_TD: Tensor, step: Step, cache: KVCache, before_layer: Callable[[], None]
+    ) -> Tensor:
+        context = StepContext(step, self._cos_L1C, self._sin_L1C)
+        delta_TD = None
+        for layer in self.layers:
+            before_layer()
+            delta_TD = layer(x_TD, delta_TD, context, cache)
+        assert delta_TD is not None, "a model has layers"
+        return delta_TD
 
     def new_cache(self, num_rows: int, max_length: int) -> KVCache:
         """A cache for this rank's kv heads, in the compute dtype."""

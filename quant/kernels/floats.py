@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quant.kernels import native
+from quant.kernels.native import step as native
+from quant.kernels.native.library import is_available
 from quant.kernels.reference import linear_wide
 
 # Up to so many rows the C product reads bfloat16 weights as fast as memory gives them; from there
@@ -26,8 +27,8 @@ def linear_float(
     """
     if out_dtype == x_MK.dtype and _suits_torch(weight_NK):
         return F.linear(x_MK, weight_NK, bias_N)
-    if _suits_native(x_MK, weight_NK):
-        return native.linear_bfloat16(x_MK, weight_NK, bias_N).to(out_dtype)
+    if _suits_native(x_MK, weight_NK) and out_dtype in native.FLOATS:
+        return native.linear_bfloat16(x_MK, weight_NK, bias_N, out_dtype)
     return linear_wide(x_MK, weight_NK, bias_N, out_dtype)
 
 
@@ -46,8 +47,10 @@ def _native_bfloat16() -> bool:
 def _suits_native(x_MK: Tensor, weight_NK: Tensor) -> bool:
     return (
         weight_NK.dtype == torch.bfloat16
+        and x_MK.dtype in native.FLOATS
+        and x_MK.stride(1) == 1
         and weight_NK.device.type == "cpu"
         and x_MK.shape[0] <= NATIVE_ROWS
         and weight_NK.is_contiguous()
-        and native.is_available()
+        and is_available()
     )

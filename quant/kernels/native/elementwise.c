@@ -15,35 +15,82 @@
 #else
 #define CHOOSE(set, name) name##_portable
 #endif
-#define SMALL 32768 /* elements that are not worth a second thread */
+/* Elements that are not worth a second thread. */
+#define SMALL 4096
+
+typedef struct {
+    int64_t set;
+    void *x;
+    const void *delta, *weight;
+    int64_t type, T, D;
+    double eps;
+    void *out;
+} rms_norm_t;
 
 /* out = weight * (x / sqrt(mean(x^2) + eps)) for each row, after x += delta where delta is not NULL.
    All [T, D], contiguous, of `type`; weight [D]; D a multiple of 8. */
-void shardrun_rms_norm(
-    int set, void *x, const void *delta, const void *weight, int type, int64_t T, int64_t D, float eps,
-    void *out) {
-    (void)set;
-#pragma omp parallel for schedule(static) if (T * D > SMALL)
-    for (int64_t t = 0; t < T; t++)
-        CHOOSE(set, norm_row)(x, delta, weight, type, t * D, D, eps, out);
+int shardrun_rms_norm(const rms_norm_t *a) {
+#pragma omp parallel for schedule(static) if (a->T > 1 && a->T * a->D > SMALL)
+    for (int64_t t = 0; t < a->T; t++)
+        CHOOSE(a->set, norm_row)
+            (a->x, a->delta, a->weight, a->type, t * a->D, a->D, (float)a->eps, a->out);
+    return 0;
 }
+
+typedef struct {
+    int64_t set;
+    const void *gate_up;
+    int64_t type, T, F;
+    void *out;
+} silu_product_t;
 
 /* out[t] = silu(gate_up[t, :F]) * gate_up[t, F:2F]; rows of gate_up are 2F apart. F a multiple of 8. */
-void shardrun_silu_product(int set, const void *gate_up, int type, int64_t T, int64_t F, void *out) {
-    (void)set;
-#pragma omp parallel for schedule(static) if (T * F > SMALL)
-    for (int64_t t = 0; t < T; t++)
-        CHOOSE(set, silu_row)(gate_up, type, 2 * F * t, 2 * F * t + F, F, out, F * t);
+int shardrun_silu_product(const silu_product_t *a) {
+    int64_t F = a->F, part = 1024, num_parts = (F + part - 1) / part;
+#pragma omp parallel for schedule(static) collapse(2) if (a->T * F > SMALL)
+    for (int64_t t = 0; t < a->T; t++)
+        for (int64_t p = 0; p < num_parts; p++) {
+            int64_t gate = 2 * F * t + p * part, count = F - p * part < part ? F - p * part : part;
+            CHOOSE(a->set, silu_row)
+                (a->gate_up, a->type, gate, gate + F, count, a->out, F * t + p * part);
+        }
+    return 0;
 }
 
-/* Turns the first H heads of each row of x by the row's angles, in place. x: [T, >= H * C], rows
-   `stride` elements apart; cos, sin: [T, C], the first half of the sines negative. C a multiple of 16. */
-void shardrun_rotate(
-    int set, void *x, int type, int64_t stride, int64_t T, int64_t H, int64_t C, const void *cos,
-    const void *sin) {
-    (void)set;
-#pragma omp parallel for schedule(static) if (T * H * C > SMALL)
-    for (int64_t t = 0; t < T; t++)
-        for (int64_t h = 0; h < H; h++)
-            CHOOSE(set, rotate_head)(x, type, t * stride + h * C, C, cos, sin, t * C);
+typedef struct {
+    int64_t set;
+    void *x;
+    int64_t type, stride, T, H, C;
+    const void *cos, *sin;
+    const int64_t *positions;
+} rotate_t;
+
+/* Turns the first H heads of each row of x by the angles of its position, in place.
+   x: [T, >= H * C], rows `stride` elements apart; cos, sin: a row of C for each position, the first
+   half of the sines negative. C a multiple of 16. */
+int shardrun_rotate(const rotate_t *a) {
+#pragma omp parallel for schedule(static) if (a->T > 1 && a->T * a->H * a->C > SMALL)
+    for (int64_t t = 0; t < a->T; t++)
+        for (int64_t h = 0; h < a->H; h++)
+            CHOOSE(a->set, rotate_head)
+                (a->x, a->type, t * a->stride + h * a->C, a->C, a->cos, a->sin,
+                 a->positions[t] * a->C);
+    return 0;
+}
+
+typedef struct {
+    const float *sums;
+    const void *bias;
+    int64_t bias_type, T, D;
+    uint16_t *out;
+} round_sums_t;
+
+/* out = sums + bias, rounded to bfloat16. sums, out: [T, D]; bias: [D] of bias_type or NULL. */
+int shardrun_round_sums(const round_sums_t *a) {
+    for (int64_t t = 0; t < a->T; t++)
+        for (int64_t d = 0; d < a->D; d++) {
+            float sum = a->sums[t * a->D + d];
+            a->out[t * a->D + d] = to_bfloat16(a->bias ? sum + widen(a->bias, a->bias_type, d) : sum);
+        }
+    return 0;
 }

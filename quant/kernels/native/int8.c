@@ -30,6 +30,7 @@
 #define CHUNK 512 /* columns whose sum fits int32: 512 * 32258 * 128 < 2^31; 16 KB of weights */
 #define AHEAD 32  /* pairs of columns (64 bytes of weights each) that one row's product fetches ahead */
 #define PANEL 48  /* rows whose sums a thread holds at a time */
+#define LEAST_AMAX 1e-30f /* whose inverse is finite */
 
 /* ---- one tile for each instruction set ---- */
 
@@ -229,7 +230,7 @@ typedef struct {
     void (*round)(const void *, int64_t, float, int16_t *, int16_t *);
 } row_functions_t;
 
-static row_functions_t row_functions(int set, int type) {
+static row_functions_t row_functions(int64_t set, int64_t type) {
 #ifdef __x86_64__
     if (set > 0)
         return type == FLOAT32 ? (row_functions_t){row_amax_f32_avx2, row_round_f32_avx2}
@@ -239,8 +240,14 @@ static row_functions_t row_functions(int set, int type) {
                            : (row_functions_t){row_amax_bf16, row_round_bf16};
 }
 
-/* One row as integers: scale = amax / levels, q = x / scale rounded. A row that holds an infinity
-   or a NaN gets zeros and a NaN as scale, which makes its whole output one.
+/* What one integer of a row stands for; NaN where amax is no finite number. */
+static float row_scale_of(float amax, float levels) {
+    if (!isfinite(amax)) return NAN;
+    return (amax < LEAST_AMAX ? LEAST_AMAX : amax) / levels;
+}
+
+/* One row as integers, x / scale rounded; returns the scale. A row that holds an infinity or a NaN
+   gets zeros and a NaN as scale, which makes its whole output one.
    given: the amax of a longer row that this is a part of, or NULL. */
 static float quantize_row(
     row_functions_t f, const void *x, int64_t K, float levels, int16_t *high, int16_t *low,
@@ -249,18 +256,23 @@ static float quantize_row(
     if (!isfinite(amax)) {
         memset(high, 0, 2 * K);
         if (low) memset(low, 0, 2 * K);
-        return NAN;
-    }
-    if (amax < 1e-30f) amax = 1e-30f; /* whose inverse is finite */
-    f.round(x, K, levels / amax, high, low);
+    } else f.round(x, K, levels / (amax < LEAST_AMAX ? LEAST_AMAX : amax), high, low);
     if (K % 2) {
         high[K] = 0;
         if (low) low[K] = 0;
     }
-    return amax / levels;
+    return row_scale_of(amax, levels);
 }
 
 /* ---- the product ---- */
+
+typedef struct {
+    const float *scale; /* [N] */
+    const void *bias;   /* [N] of bias_type, or NULL */
+    int64_t bias_type;
+    void *out; /* [M, N] of out_type */
+    int64_t out_type, N;
+} epilogue_t;
 
 typedef struct {
     block_t block;
@@ -268,32 +280,35 @@ typedef struct {
     const int16_t *q;                    /* [planes][M][stride] */
     const float *row_scale;              /* [M] */
     const int8_t *packed;
-    const float *scale, *bias; /* [N]; bias may be NULL */
-    void *out;                 /* [M, N] */
-    int out_type;
+    epilogue_t end;
 } product_t;
 
-static void store_sums(const product_t *p, int64_t at, int64_t count, const int64_t *sums) {
-    if (p->out_type == INT64) memcpy((int64_t *)p->out + at, sums, count * sizeof *sums);
+static void store_sums(const epilogue_t *e, int64_t at, int64_t count, const int64_t *sums) {
+    if (e->out_type == INT64) memcpy((int64_t *)e->out + at, sums, count * sizeof *sums);
     else
-        for (int64_t n = 0; n < count; n++) ((int32_t *)p->out)[at + n] = (int32_t)sums[n];
+        for (int64_t n = 0; n < count; n++) ((int32_t *)e->out)[at + n] = (int32_t)sums[n];
+}
+
+/* At most BLOCK sums of row m, from channel n0 on. The order of the two products is part of the
+   result's bits (quant/activations.py). */
+static void scale_sums(
+    const epilogue_t *e, int64_t m, int64_t n0, int64_t count, const int64_t *sums, float row_scale) {
+    float values[BLOCK];
+    int64_t at = m * e->N + n0;
+    for (int64_t n = 0; n < count; n++) values[n] = (float)sums[n] * row_scale * e->scale[n0 + n];
+    if (e->bias)
+        for (int64_t n = 0; n < count; n++) values[n] += widen(e->bias, e->bias_type, n0 + n);
+    if (e->out_type == FLOAT32) memcpy((float *)e->out + at, values, count * sizeof(float));
+    else
+        for (int64_t n = 0; n < count; n++) ((uint16_t *)e->out)[at + n] = to_bfloat16(values[n]);
 }
 
 static void finish(const product_t *p, int64_t m, int64_t n0, int64_t *sums, const int64_t *low) {
-    int64_t count = p->N - n0 < BLOCK ? p->N - n0 : BLOCK, at = m * p->N + n0;
-    float row_scale = p->row_scale[m], values[BLOCK];
+    int64_t count = p->N - n0 < BLOCK ? p->N - n0 : BLOCK;
     if (low)
         for (int64_t n = 0; n < count; n++) sums[n] = RADIX * sums[n] + low[n];
-    if (p->out_type >= INT32) {
-        store_sums(p, at, count, sums);
-        return;
-    }
-    for (int64_t n = 0; n < count; n++) values[n] = (float)sums[n] * row_scale * p->scale[n0 + n];
-    if (p->bias)
-        for (int64_t n = 0; n < count; n++) values[n] += p->bias[n0 + n];
-    if (p->out_type == FLOAT32) memcpy((float *)p->out + at, values, count * sizeof(float));
-    else
-        for (int64_t n = 0; n < count; n++) ((uint16_t *)p->out)[at + n] = to_bfloat16(values[n]);
+    if (p->end.out_type >= INT32) store_sums(&p->end, m * p->N + n0, count, sums);
+    else scale_sums(&p->end, m, n0, count, sums, p->row_scale[m]);
 }
 
 /* One block of channels times some rows. */
@@ -316,35 +331,94 @@ static void multiply(const product_t *p, int64_t block, int64_t m0, int64_t rows
             p->num_planes == 2 ? sums + (rows + m) * BLOCK : 0);
 }
 
-/* out = x @ W.T * scale + bias.
+/* The product's arguments.
 
    set: index of an instruction set that works here. x: [M, K] of x_type (FLOAT32, BFLOAT16), rows
    x_stride elements apart. amax: NULL, or for each row the largest absolute value of the longer row
    that it is a part of. levels: the largest |q|; above 32767 it takes two planes. scale: [N].
-   bias: [N] or NULL. out: [M, N] of out_type; INT32 and INT64 take the bare sums.
+   bias: [N] of bias_type or NULL. out: [M, N] of out_type; INT32 and INT64 take the bare sums.
    work: room for planes * M * (K rounded up to even) int16 and, behind them, M floats. */
-void shardrun_linear(
-    int set, const void *x, int x_type, int64_t x_stride, const float *amax, int64_t M, int64_t K,
-    int64_t levels, const int8_t *packed, int64_t N, const float *scale, const float *bias,
-    void *out, int out_type, void *work) {
-    int64_t num_planes = levels > 32767 ? 2 : 1, stride = (K + 1) / 2 * 2;
-    int16_t *q = work;
+typedef struct {
+    int64_t set;
+    const void *x;
+    int64_t x_type, x_stride;
+    const float *amax;
+    int64_t M, K, levels;
+    const int8_t *packed;
+    int64_t N;
+    const float *scale;
+    const void *bias;
+    int64_t bias_type;
+    void *out;
+    int64_t out_type;
+    void *work;
+} linear_t;
+
+/* out = x @ W.T * scale + bias. */
+int shardrun_linear(const linear_t *a) {
+    int64_t M = a->M, K = a->K, num_planes = a->levels > 32767 ? 2 : 1, stride = (K + 1) / 2 * 2;
+    int16_t *q = a->work;
     float *row_scale = (float *)(q + num_planes * M * stride);
-    product_t p = {SETS[set].block, M, K, N, num_planes, stride, q, row_scale,
-                   packed, scale, bias, out, out_type};
-    row_functions_t f = row_functions(set, x_type);
-    int64_t size = x_type == FLOAT32 ? 4 : 2, num_blocks = (N + BLOCK - 1) / BLOCK;
-#pragma omp parallel if (N * K * M > 65536)
+    product_t p = {SETS[a->set].block, M, K, a->N, num_planes, stride, q, row_scale, a->packed,
+                   {a->scale, a->bias, a->bias_type, a->out, a->out_type, a->N}};
+    row_functions_t f = row_functions(a->set, a->x_type);
+    int64_t size = a->x_type == FLOAT32 ? 4 : 2, num_blocks = (a->N + BLOCK - 1) / BLOCK;
+#pragma omp parallel if (a->N * K * M > 65536)
     {
 #pragma omp for schedule(static)
         for (int64_t m = 0; m < M; m++)
             row_scale[m] = quantize_row(
-                f, (const char *)x + m * x_stride * size, K, (float)levels, q + m * stride,
-                num_planes == 2 ? q + (M + m) * stride : 0, amax ? amax + m : 0);
+                f, (const char *)a->x + m * a->x_stride * size, K, (float)a->levels, q + m * stride,
+                num_planes == 2 ? q + (M + m) * stride : 0, a->amax ? a->amax + m : 0);
 /* A core that others use too takes fewer blocks. */
 #pragma omp for schedule(dynamic, 4) nowait
         for (int64_t block = 0; block < num_blocks; block++)
             for (int64_t m = 0; m < M; m += PANEL)
                 multiply(&p, block, m, M - m < PANEL ? M - m : PANEL);
     }
+    return 0;
+}
+
+/* x: [M, K] of x_type, rows x_stride elements apart. amax: [M]. */
+typedef struct {
+    int64_t set;
+    const void *x;
+    int64_t x_type, x_stride, M, K;
+    float *amax;
+} row_amax_t;
+
+/* The largest absolute value of each row; NaN where it holds one. */
+int shardrun_row_amax(const row_amax_t *a) {
+    row_functions_t f = row_functions(a->set, a->x_type);
+    int64_t size = a->x_type == FLOAT32 ? 4 : 2;
+    for (int64_t m = 0; m < a->M; m++)
+        a->amax[m] = f.amax((const char *)a->x + m * a->x_stride * size, a->K);
+    return 0;
+}
+
+/* sums: [M, N] of sums_type (INT32, INT64). amax: [M], of the whole rows. The rest as above. */
+typedef struct {
+    const void *sums;
+    int64_t sums_type;
+    const float *amax;
+    int64_t levels, M, N;
+    const float *scale;
+    const void *bias;
+    int64_t bias_type;
+    void *out;
+    int64_t out_type;
+} finish_t;
+
+/* out = sums * row_scale * scale + bias: what bare sums that were added up between ranks stand for. */
+int shardrun_finish(const finish_t *a) {
+    epilogue_t e = {a->scale, a->bias, a->bias_type, a->out, a->out_type, a->N};
+    for (int64_t m = 0; m < a->M; m++)
+        for (int64_t n = 0; n < a->N; n += BLOCK) {
+            int64_t sums[BLOCK], count = a->N - n < BLOCK ? a->N - n : BLOCK;
+            for (int64_t i = 0; i < count; i++)
+                sums[i] = a->sums_type == INT32 ? ((const int32_t *)a->sums)[m * a->N + n + i]
+                                                : ((const int64_t *)a->sums)[m * a->N + n + i];
+            scale_sums(&e, m, n, count, sums, row_scale_of(a->amax[m], (float)a->levels));
+        }
+    return 0;
 }
