@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.cores import Seat, Wishes, divide, read_wishes, was_set_by
-from launcher.timeline import Timeline
-from launcher.topology import (
+from launcher.host.cores import Seat, Wishes, divide, read_wishes, was_set_by
+from launcher.host.topology import (
     Topology,
     allowed_cpus,
     format_cpus,
@@ -21,6 +20,7 @@ from launcher.topology import (
     read_quota,
     read_topology,
 )
+from launcher.timeline import Timeline
 
 ROOT = Path(__file__).resolve().parents[1]
 QUOTA = "a quota of 1.5 cores' time says not which cores"
@@ -242,8 +242,8 @@ _TAKE_THE_SECOND_SEAT = """
 import json, os
 from pathlib import Path
 import torch
-from launcher.cores import Wishes, take_seat
-from launcher.topology import allowed_cpus
+from launcher.host.cores import Wishes, take_seat
+from launcher.host.topology import allowed_cpus
 
 before = {entry.name for entry in Path("/proc/self/task").iterdir()}
 taken = take_seat([allowed_cpus()] * 2, 1, Wishes())

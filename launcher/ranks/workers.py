@@ -1,7 +1,7 @@
 """Start the agent of a plain command, and say which of its ranks failed first.
 
-The agent (launcher/agent.py) is torch elastic. It comes from a forkserver: torch is imported once a
-host, there and not in this process, and what has computed must not fork.
+The agent (launcher/ranks/agent.py) is torch elastic. It comes from a forkserver: torch is imported
+once a host, there and not in this process, and what has computed must not fork.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _Signal(BaseException):
 
 def preload_torch() -> None:
     """Start the forkserver; it imports torch and our modules in the background."""
-    modules = ["launcher.config", "launcher.tasks.generate", "launcher.agent"]
+    modules = ["launcher.config", "launcher.tasks.generate", "launcher.ranks.agent"]
     multiprocessing.set_forkserver_preload(modules)
     forkserver.ensure_running()
 
@@ -83,7 +83,7 @@ def be_agent(
     launcher: Connection, run_dir: RunDir, size: int, job_hash: str, timeline: Timeline
 ) -> None:
     """The agent's process. Importing this module must not import torch."""
-    from launcher.agent import supervise
+    from launcher.ranks.agent import supervise
 
     launcher.send(supervise(run_dir, size, job_hash, timeline))
 

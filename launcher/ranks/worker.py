@@ -1,6 +1,6 @@
 """The life of one rank: arrive, meet the others, do the task's part, say goodbye.
 
-`run_started` is for ranks that we start (launcher/agent.py), `run_external` for ranks that
+`run_started` is for ranks that we start (launcher/ranks/agent.py), `run_external` for ranks that
 torchrun, MindSpore, Slurm or MPI start.
 """
 
@@ -18,10 +18,7 @@ from typing import TextIO
 import torch
 import torch.distributed as dist
 
-from launcher.collectives import open_group
-from launcher.cores import Taken, read_wishes, take_seat
-from launcher.device import resolve_device
-from launcher.environment import WorkerEnvironment
+from launcher.environment.detection import WorkerEnvironment
 from launcher.failures import (
     EXIT_FAILED,
     EXIT_USER,
@@ -29,9 +26,12 @@ from launcher.failures import (
     ConfigError,
     ErrorRecord,
 )
+from launcher.host.cores import Taken, read_wishes, take_seat
+from launcher.host.device import resolve_device
 from launcher.job import Job, first_difference
-from launcher.rank import Rank
-from launcher.rendezvous import (
+from launcher.ranks.collectives import open_group
+from launcher.ranks.rank import Rank
+from launcher.ranks.rendezvous import (
     Deadline,
     Member,
     arrival_deadline,
@@ -39,11 +39,11 @@ from launcher.rendezvous import (
     say_ended,
     wait_for,
 )
+from launcher.ranks.watch import StuckRankError, Watch
 from launcher.run_dir import RunDir
 from launcher.schema import ParallelSection
 from launcher.tasks import rank_task
 from launcher.timeline import Timeline
-from launcher.watch import StuckRankError, Watch
 from parallel.errors import PeerError
 
 _AFTER_THE_CAUSE_S = 0.5

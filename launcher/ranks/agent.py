@@ -30,12 +30,12 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousStoreInfo,
 )
 
-from launcher.environment import TORCHRUN, WorkerEnvironment
+from launcher.environment.detection import TORCHRUN, WorkerEnvironment
 from launcher.failures import EXIT_FAILED
+from launcher.ranks.worker import run_started
+from launcher.ranks.workers import SIGNALS, STOP, STOP_S, Failures, FirstFailure
 from launcher.run_dir import RunDir
 from launcher.timeline import Timeline
-from launcher.worker import run_started
-from launcher.workers import SIGNALS, STOP, STOP_S, Failures, FirstFailure
 
 _LOOK_S = 0.05
 _LOOPBACK = "127.0.0.1"

@@ -1,7 +1,7 @@
 """Whether the other ranks still live, and how those that ended did.
 
-A rank of this machine is judged by its process, one of another by its beats: `launcher/watch.py`
-writes them into the store twice a second.
+A rank of this machine is judged by its process, one of another by its beats:
+`launcher/ranks/watch.py` writes them into the store twice a second.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from launcher.topology import allowed_cpus
+from launcher.host.topology import allowed_cpus
 
 # A rank on another machine that has been silent for so long is taken for dead.
 SILENCE_S = 6.0

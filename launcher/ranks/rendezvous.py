@@ -22,9 +22,9 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from launcher.environment import WorkerEnvironment
+from launcher.environment.detection import WorkerEnvironment
 from launcher.failures import RunError
-from launcher.presence import (
+from launcher.ranks.presence import (
     GRACE_S,
     Place,
     Presence,

@@ -13,8 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launcher.environment import launching_pid
-from launcher.topology import Topology, allowed_cpus, format_cpus, memory_by_node, read_topology
+from launcher.environment.detection import launching_pid
+from launcher.host.topology import (
+    Topology,
+    allowed_cpus,
+    format_cpus,
+    memory_by_node,
+    read_topology,
+)
 
 # With these OpenMP binds its threads itself.
 _BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
