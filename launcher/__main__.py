@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from launcher.config import compose
-from launcher.environment.detection import WorkerEnvironment, detect, launching_pid
+from launcher.environment.ancestry import launching_pid
+from launcher.environment.detection import detect
+from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import EXIT_FAILED, EXIT_USER, USER_ERRORS, RunError, one_line
 from launcher.help import help_text
 from launcher.schema import Config, to_yaml

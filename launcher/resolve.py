@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.environment.detection import WorkerEnvironment, decide_size
+from launcher.environment.size import decide_size
+from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import ConfigError
 from launcher.host.device import check_names
 from launcher.host.gpus import count_gpus

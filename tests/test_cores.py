@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.host.cores import Seat, Wishes, divide, read_wishes, was_set_by
+from launcher.environment.ancestry import was_set_by
+from launcher.host.cores import Seat, Wishes, divide, read_wishes
 from launcher.host.topology import (
     Topology,
     allowed_cpus,

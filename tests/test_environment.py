@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.environment.detection import WorkerEnvironment, decide_size, detect, first_host
+from launcher.environment.detection import detect
+from launcher.environment.size import decide_size
+from launcher.environment.slurm import first_host
+from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import LaunchError
 
 # What msrun 2.10.0 gives its processes with --worker_num=2 --cluster_time_out=10.

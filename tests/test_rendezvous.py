@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from launcher.environment.detection import WorkerEnvironment
+from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import RunError
 from launcher.ranks.presence import Presence, is_running, place_of_process, write_beat, write_end
 from launcher.ranks.rendezvous import Member, host_until_done, join, say_ended

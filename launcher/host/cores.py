@@ -11,9 +11,8 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from launcher.environment.detection import launching_pid
+from launcher.environment.ancestry import launching_pid, was_set_by
 from launcher.host.topology import (
     Topology,
     allowed_cpus,
@@ -236,12 +235,3 @@ def _bind(cpus: frozenset[int]) -> str:
         return f"binding to cores {format_cpus(cpus)} failed ({error.strerror})"
     found = allowed_cpus()
     return "" if found == cpus else f"the system kept it on cores {format_cpus(found)}"
-
-
-def was_set_by(pid: int, name: str) -> bool:
-    """Whether a process that passes a variable on was itself started without it: it set it."""
-    try:
-        entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:
-        return False
-    return bool(entries[0]) and not any(entry.startswith(f"{name}=".encode()) for entry in entries)

@@ -30,7 +30,8 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousStoreInfo,
 )
 
-from launcher.environment.detection import TORCHRUN, WorkerEnvironment
+from launcher.environment.torchrun import TORCHRUN
+from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import EXIT_FAILED
 from launcher.ranks.worker import run_started
 from launcher.ranks.workers import SIGNALS, STOP, STOP_S, Failures, FirstFailure

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from launcher.environment.detection import WorkerEnvironment
+from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import RunError
 from launcher.ranks.presence import (
     GRACE_S,

@@ -18,7 +18,7 @@ from typing import TextIO
 import torch
 import torch.distributed as dist
 
-from launcher.environment.detection import WorkerEnvironment
+from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import (
     EXIT_FAILED,
     EXIT_USER,

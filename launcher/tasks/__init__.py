@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from launcher.failures import ConfigError
 
 if TYPE_CHECKING:
-    from launcher.environment.detection import WorkerEnvironment
+    from launcher.environment.worker import WorkerEnvironment
     from launcher.ranks.rank import Rank
     from launcher.schema import Config
 

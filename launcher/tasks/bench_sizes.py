@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from launcher.environment.detection import WorkerEnvironment
+from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import ConfigError
 from launcher.host.kernels import choose_kernel
 from launcher.host.memory import host_bytes

@@ -7,7 +7,9 @@ import platform
 import socket
 from pathlib import Path
 
-from launcher.environment.detection import WorkerEnvironment, decide_size, seen_variables
+from launcher.environment.detection import seen_variables
+from launcher.environment.size import decide_size
+from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import ConfigError
 from launcher.host.cores import divide, read_wishes
 from launcher.host.kernels import fastest, survey

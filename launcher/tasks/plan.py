@@ -13,7 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from launcher.environment.detection import WorkerEnvironment, decide_size
+from launcher.environment.size import decide_size
+from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import ConfigError
 from launcher.host.bandwidth import measure_bandwidth_gb_s
 from launcher.host.device import check_names
