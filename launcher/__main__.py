@@ -57,7 +57,7 @@ def _run_task(config: Config, environment: WorkerEnvironment, timeline: Timeline
     for note in environment.notes if environment.rank in (None, 0) else ():
         _say(note)
     if environment.is_scheduler:
-        from launcher.ranks.rendezvous import host_until_done
+        from launcher.ranks.scheduler import host_until_done
 
         return host_until_done(environment, config.parallel.start_timeout_s)
     if config.task.name not in RANK_TASKS:

@@ -15,8 +15,8 @@ from typing import Any
 import torch.distributed as dist
 
 from launcher.failures import RunError
+from launcher.ranks.member import Member
 from launcher.ranks.presence import SILENCE_S, Place, Presence, end_stuck, is_here, write_beat
-from launcher.ranks.rendezvous import Member
 
 BEAT_S = 0.5
 # A rank whose watch has missed several beats is stopped, not slow.

@@ -29,16 +29,12 @@ from launcher.failures import (
 from launcher.host.cores import Taken, read_wishes, take_seat
 from launcher.host.device import resolve_device
 from launcher.job import Job, first_difference
+from launcher.ranks.arrival import wait_for
 from launcher.ranks.collectives import open_group
+from launcher.ranks.deadline import Deadline, arrival_deadline
+from launcher.ranks.member import Member
 from launcher.ranks.rank import Rank
-from launcher.ranks.rendezvous import (
-    Deadline,
-    Member,
-    arrival_deadline,
-    join,
-    say_ended,
-    wait_for,
-)
+from launcher.ranks.rendezvous import join, say_ended
 from launcher.ranks.watch import StuckRankError, Watch
 from launcher.run_dir import RunDir
 from launcher.schema import ParallelSection
