@@ -28,7 +28,7 @@ DOORS = {
     "omegaconf": ("launcher/config.py",),
     "signal": ("launcher/",),
     "subprocess": ("launcher/",),
-    "multiprocessing": ("launcher/ranks/agent.py", "launcher/ranks/workers.py"),
+    "multiprocessing": ("launcher/ranks/",),
     "matplotlib": ("launcher/tasks/bench_plot.py",),
 }  # fmt: skip
 SOURCES = [path for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]

@@ -23,7 +23,8 @@ import torch.distributed as dist
 from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import RunError
 from launcher.ranks.member import Member
-from launcher.ranks.presence import Presence, is_running, place_of_process, write_beat, write_end
+from launcher.ranks.place import is_running, place_of_process
+from launcher.ranks.presence import Presence, write_beat, write_end
 from launcher.ranks.rendezvous import join, say_ended
 from launcher.ranks.scheduler import host_until_done
 from launcher.ranks.watch import BEAT_S, StuckRankError, Watch

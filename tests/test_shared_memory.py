@@ -22,7 +22,7 @@ import torch.distributed as dist
 from launcher.failures import ConfigError
 from launcher.ranks.collectives import open_group
 from launcher.ranks.member import Member
-from launcher.ranks.presence import is_stopped, process_start
+from launcher.ranks.place import is_stopped, process_start
 from launcher.ranks.watch import Watch
 from launcher.schema import ParallelSection
 from parallel.collectives.network import TorchGroup

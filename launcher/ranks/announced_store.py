@@ -17,8 +17,8 @@ import torch.distributed as dist
 from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import RunError
 from launcher.ranks.deadline import Deadline
-from launcher.ranks.presence import is_here, is_running, place_of_process
-from launcher.ranks.tcp_store import tcp_store
+from launcher.ranks.place import is_here, is_running, place_of_process
+from launcher.ranks.tcp_store import LOOPBACK, tcp_store
 
 _POLL_S = 0.02
 
@@ -40,8 +40,8 @@ def announced_store(path: Path, is_host: bool, deadline: Deadline) -> dist.Store
         RunError: rank 0 announces nothing before the deadline.
     """
     if not is_host:
-        return tcp_store("127.0.0.1", _announced_port(path, deadline), False, deadline)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        return tcp_store(LOOPBACK, _announced_port(path, deadline), False, deadline)
+    store = dist.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
     partial = path.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps({"port": store.port, **place_of_process()}))
     partial.rename(path)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import RunError
 from launcher.ranks.deadline import Deadline
-from launcher.ranks.presence import Place, is_here, is_running, place_of_process
+from launcher.ranks.place import Place, is_here, is_running, place_of_process
 
 _POLL_S = 0.02
 # For how long a store that is refused stays, so that the others read why.

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from launcher.failures import ConfigError
 from launcher.ranks.member import Member
-from launcher.ranks.presence import Place, is_running, is_stopped
+from launcher.ranks.place import Place, is_running, is_stopped
 from launcher.ranks.watch import Watch
 from launcher.schema import ParallelSection
 from parallel.collectives.network import TorchGroup

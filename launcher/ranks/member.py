@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from launcher.ranks.presence import Place, is_here
+from launcher.ranks.place import Place, is_here
 
 
 @dataclass(frozen=True)

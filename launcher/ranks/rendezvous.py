@@ -11,7 +11,8 @@ from launcher.ranks.announced_store import cleared_announcement
 from launcher.ranks.arrival import take_rank, wait_for_places
 from launcher.ranks.deadline import arrival_deadline
 from launcher.ranks.member import Member
-from launcher.ranks.presence import GRACE_S, Presence, is_here, write_end
+from launcher.ranks.place import is_here
+from launcher.ranks.presence import GRACE_S, Presence, write_end
 from launcher.ranks.store import hosts_store, named_store_errors, open_store, store_host
 
 

@@ -12,7 +12,7 @@ from launcher.failures import RunError
 from launcher.ranks.deadline import Deadline
 
 _KNOCK_S = 0.1
-_LOOPBACK = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
 
 
 def tcp_store(host: str, port: int, is_host: bool, deadline: Deadline) -> dist.Store:
@@ -27,7 +27,7 @@ def tcp_store(host: str, port: int, is_host: bool, deadline: Deadline) -> dist.S
     # wait_for_workers=False: torch's own wait would not say who is missing.
     try:
         return dist.TCPStore(
-            _LOOPBACK if is_host else host,
+            LOOPBACK if is_host else host,
             port,
             is_master=is_host,
             timeout=timedelta(seconds=deadline.remaining_s),
