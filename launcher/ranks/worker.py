@@ -19,8 +19,9 @@ import torch.distributed as dist
 
 from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import EXIT_FAILED
-from launcher.host.cores import Taken, read_wishes, take_seat
 from launcher.host.device import resolve_device
+from launcher.host.seat import Taken, take_seat
+from launcher.host.wishes import read_wishes
 from launcher.job import Job
 from launcher.ranks.agreement import JobMaker, agree
 from launcher.ranks.collectives import open_group
