@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,6 +96,14 @@ def test_errors_are_caught_by_name():
                 name = ast.unparse(node.type) if node.type else "everything"
                 broad = name in ("Exception", "BaseException", "everything")
                 assert not broad or str(path.relative_to(ROOT)) in allowed, f"{path}:{node.lineno}"
+
+
+def test_every_package_is_installed():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    folders = {path.parent.relative_to(ROOT) for path in SOURCES if path.name == "__init__.py"}
+    assert {".".join(folder.parts) for folder in folders} == set(
+        settings["tool"]["setuptools"]["packages"]
+    )
 
 
 def test_plan_and_checks_of_the_configuration_need_no_torch():
