@@ -79,6 +79,31 @@ def test_an_empty_environment_is_plain() -> None:
     assert detect({}).is_plain
 
 
+@pytest.mark.parametrize(
+    "environ", [{"RANK": "", "WORLD_SIZE": ""}, {"RANK": "", "WORLD_SIZE": "1"}, {"PMI_RANK": ""}]
+)
+def test_an_empty_variable_says_nothing(environ: dict[str, str]) -> None:
+    assert detect({**environ, "PMI_SIZE": "2", "OMPI_COMM_WORLD_SIZE": ""}).is_plain
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"WORLD_SIZE": ""}, "RANK=3 is set without WORLD_SIZE"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR not; launch with torchrun"),
+        ({"MASTER_PORT": ""}, "MASTER_PORT not; launch with torchrun"),
+    ],
+)
+def test_an_empty_variable_of_torchrun_is_missed_by_name(
+    change: dict[str, str], words: str
+) -> None:
+    assert words in refusal({**TORCHRUN, **change})
+
+
+def test_an_empty_port_leaves_slurms_own() -> None:
+    assert detect({**SLURM_STEP, "MASTER_PORT": ""}).store == detect(SLURM_STEP).store
+
+
 def test_torchrun_gives_rank_size_and_store() -> None:
     environment = detect(TORCHRUN)
     assert (environment.launcher, environment.rank, environment.size) == ("torchrun", 3, 4)

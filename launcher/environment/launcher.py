@@ -23,8 +23,8 @@ class Launcher(ABC):
     local_size: str
 
     def has_started(self, environ: Mapping[str, str]) -> bool:
-        """Whether this process is one of its ranks."""
-        return self.rank in environ and self.size in environ
+        """Whether this process is one of its ranks; a variable that is empty says nothing."""
+        return bool(environ.get(self.rank) and environ.get(self.size))
 
     @abstractmethod
     def store(self, environ: Mapping[str, str], size: int) -> str | None:

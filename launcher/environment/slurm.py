@@ -45,7 +45,7 @@ def address_of_rank_0(
         step: the job's, where srun started the ranks: mpirun's see that of their node's daemon.
     """
     host = environ.get("MASTER_ADDR") or first_host(nodes)
-    given = "MASTER_PORT" in environ
+    given = environ.get("MASTER_PORT")
     number = port(environ, "MASTER_PORT") if given else _port_of_job(environ, step)
     if not host or number is None:
         raise LaunchError(

@@ -13,7 +13,7 @@ class Torchrun(Launcher):
     """Its agent hosts a store, and tells every rank where."""
 
     def store(self, environ: Mapping[str, str], size: int) -> str:
-        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environ]
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
         if missing:
             raise LaunchError(
                 f"RANK and WORLD_SIZE are set, but {' and '.join(missing)} not; "
@@ -32,7 +32,7 @@ TORCHRUN = Torchrun("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD
 
 def check_stray_rank(environ: Mapping[str, str]) -> None:
     """A RANK without WORLD_SIZE is a leftover that would silently mean nothing."""
-    if "RANK" in environ and "WORLD_SIZE" not in environ:
+    if environ.get("RANK") and not environ.get("WORLD_SIZE"):
         raise LaunchError(
             f"RANK={environ['RANK']} is set without WORLD_SIZE; unset RANK, or launch with "
             "torchrun."
