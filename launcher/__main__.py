@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from launcher.config import compose
-from launcher.environment import WorkerEnvironment, detect, launching_pid
+from launcher.environment.ancestry import launching_pid
+from launcher.environment.detection import detect
+from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import EXIT_FAILED, EXIT_USER, USER_ERRORS, RunError, one_line
 from launcher.help import help_text
 from launcher.schema import Config, to_yaml
@@ -55,7 +57,7 @@ def _run_task(config: Config, environment: WorkerEnvironment, timeline: Timeline
     for note in environment.notes if environment.rank in (None, 0) else ():
         _say(note)
     if environment.is_scheduler:
-        from launcher.rendezvous import host_until_done
+        from launcher.ranks.scheduler import host_until_done
 
         return host_until_done(environment, config.parallel.start_timeout_s)
     if config.task.name not in RANK_TASKS:
@@ -88,9 +90,9 @@ def _orderly_end() -> Iterator[None]:
 
 
 def _start_ranks(config: Config, environment: WorkerEnvironment, timeline: Timeline) -> int:
+    from launcher.ranks.workers import preload_torch, run_workers
     from launcher.resolve import make_job
     from launcher.run_dir import RunDir
-    from launcher.workers import preload_torch, run_workers
 
     job, notes = make_job(config, environment)
     for note in notes:
@@ -103,8 +105,8 @@ def _start_ranks(config: Config, environment: WorkerEnvironment, timeline: Timel
 
 def _be_rank(config: Config, environment: WorkerEnvironment, timeline: Timeline) -> int:
     timeline.mark("configuration")
+    from launcher.ranks.worker import run_external
     from launcher.resolve import make_job
-    from launcher.worker import run_external
 
     return run_external(
         environment,

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from launcher.failures import ConfigError
-from launcher.mindformers import is_mindformers, translate
+from launcher.mindformers.translation import is_mindformers, translate
 from launcher.schema import VERBATIM, keys
 
 

@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.device import check_names
-from launcher.environment import WorkerEnvironment, decide_size
+from launcher.environment.size import decide_size
+from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import ConfigError
-from launcher.gpus import count_gpus
+from launcher.host.device import check_names
+from launcher.host.gpus import count_gpus
+from launcher.host.kernels import check_kernel, choose_kernel
 from launcher.job import Job, with_tp
-from launcher.kernels import check_kernel, choose_kernel
 from launcher.prompts import DEMO_PROMPTS, make_prompts
 from launcher.schema import Config, GenerationSection, QuantSection
 from launcher.text import open_tokenizer

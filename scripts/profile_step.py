@@ -28,7 +28,7 @@ import yaml
 import parallel.generation.decode as decode
 import parallel.layers as layers
 import parallel.model.decoder as model
-from launcher.bandwidth import measure_bandwidth_gb_s
+from launcher.host.bandwidth import measure_bandwidth_gb_s
 from parallel.checkpoint.open import open_random
 from parallel.generation.cache import KVCache
 from parallel.generation.sampling import Sampling

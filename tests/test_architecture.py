@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,17 +23,13 @@ LAYERS = {
 }  # fmt: skip
 # Who alone may import, or use, what.
 DOORS = {
-    "torch.distributed": (
-        "parallel/collectives/network.py", "launcher/agent.py", "launcher/collectives.py",
-        "launcher/presence.py",
-        "launcher/rendezvous.py", "launcher/watch.py", "launcher/worker.py",
-    ),
+    "torch.distributed": ("parallel/collectives/network.py", "launcher/ranks/"),
     "safetensors": ("parallel/checkpoint/",),
     "hydra": ("launcher/config.py",),
     "omegaconf": ("launcher/config.py",),
     "signal": ("launcher/",),
     "subprocess": ("launcher/",),
-    "multiprocessing": ("launcher/agent.py", "launcher/workers.py"),
+    "multiprocessing": ("launcher/ranks/",),
     "matplotlib": ("launcher/tasks/bench_plot.py",),
 }  # fmt: skip
 SOURCES = [path for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
@@ -56,6 +53,17 @@ def test_imports_go_one_way(path):
         assert top in allowed or top in sys.stdlib_module_names, f"{path} imports {name}"
 
 
+def test_rooms_of_the_launcher_import_from_no_later_one():
+    rooms = ("environment", "host", "ranks", "tasks")
+    for at, room in enumerate(rooms):
+        closed = tuple(f"launcher.{later}." for later in rooms[at + 1 :])
+        for path in (ROOT / "launcher" / room).glob("*.py"):
+            # Which imports a task's module by name, when it runs.
+            names = set(imports(path)) - {"launcher.tasks.rank_task"}
+            later = {name for name in names if name.startswith(closed)}
+            assert not later, f"{path} imports {later}"
+
+
 @pytest.mark.parametrize("door", DOORS)
 def test_library_is_imported_behind_its_door_only(door):
     for path in SOURCES:
@@ -77,7 +85,7 @@ def test_environment_is_read_by_the_launcher_only():
 def test_errors_are_caught_by_name():
     """`except Exception` and `except:` hide bugs; the worker's recorder catches BaseException."""
     allowed = {
-        "launcher/worker.py",
+        "launcher/ranks/worker.py",
         "launcher/text.py",
         "parallel/group.py",
         "parallel/checkpoint/store.py",
@@ -90,10 +98,18 @@ def test_errors_are_caught_by_name():
                 assert not broad or str(path.relative_to(ROOT)) in allowed, f"{path}:{node.lineno}"
 
 
+def test_every_package_is_installed():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    folders = {path.parent.relative_to(ROOT) for path in SOURCES if path.name == "__init__.py"}
+    assert {".".join(folder.parts) for folder in folders} == set(
+        settings["tool"]["setuptools"]["packages"]
+    )
+
+
 def test_plan_and_checks_of_the_configuration_need_no_torch():
     script = (
         "import sys; import launcher.__main__, launcher.resolve, launcher.tasks.plan, "
-        "launcher.workers; "
+        "launcher.ranks.workers; "
         "from launcher.config import compose; compose(['prompt=x']); "
         "print([name for name in ('torch', 'transformers') if name in sys.modules])"
     )

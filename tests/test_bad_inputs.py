@@ -271,7 +271,7 @@ def sources(tmp_path_factory):
 def refuse(sources, tmp_path, monkeypatch, capsys):
     """Run a command line on a damaged copy; the sentence, after all that must hold of every one."""
     # A forkserver that imports torch is for ranks that will never be.
-    monkeypatch.setattr("launcher.workers.preload_torch", lambda: None)
+    monkeypatch.setattr("launcher.ranks.workers.preload_torch", lambda: None)
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
 

@@ -11,9 +11,9 @@ from statistics import median
 import pytest
 import torch
 
-from launcher import bandwidth
 from launcher.__main__ import main
-from launcher.load import LoadMark, other_cores
+from launcher.host import bandwidth
+from launcher.host.load import LoadMark, other_cores
 from launcher.resolve import DEMO
 from launcher.tasks.bench_case import Runner
 from launcher.tasks.bench_record import Host, Measured, make_record

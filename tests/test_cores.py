@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.cores import Seat, Wishes, divide, read_wishes, was_set_by
-from launcher.timeline import Timeline
-from launcher.topology import (
+from launcher.environment.ancestry import was_set_by
+from launcher.host.cores import Seat, divide
+from launcher.host.topology import (
     Topology,
     allowed_cpus,
     format_cpus,
@@ -21,6 +21,8 @@ from launcher.topology import (
     read_quota,
     read_topology,
 )
+from launcher.host.wishes import Wishes, read_wishes
+from launcher.timeline import Timeline
 
 ROOT = Path(__file__).resolve().parents[1]
 QUOTA = "a quota of 1.5 cores' time says not which cores"
@@ -242,8 +244,9 @@ _TAKE_THE_SECOND_SEAT = """
 import json, os
 from pathlib import Path
 import torch
-from launcher.cores import Wishes, take_seat
-from launcher.topology import allowed_cpus
+from launcher.host.seat import take_seat
+from launcher.host.topology import allowed_cpus
+from launcher.host.wishes import Wishes
 
 before = {entry.name for entry in Path("/proc/self/task").iterdir()}
 taken = take_seat([allowed_cpus()] * 2, 1, Wishes())

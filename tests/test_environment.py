@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.environment import WorkerEnvironment, decide_size, detect, first_host
+from launcher.environment.detection import detect
+from launcher.environment.size import decide_size
+from launcher.environment.slurm import first_host
+from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import LaunchError
 
 # What msrun 2.10.0 gives its processes with --worker_num=2 --cluster_time_out=10.
@@ -74,6 +77,31 @@ def refusal(environ: dict[str, str], tp: int | None = None) -> str:
 def test_an_empty_environment_is_plain() -> None:
     assert detect({}) == WorkerEnvironment()
     assert detect({}).is_plain
+
+
+@pytest.mark.parametrize(
+    "environ", [{"RANK": "", "WORLD_SIZE": ""}, {"RANK": "", "WORLD_SIZE": "1"}, {"PMI_RANK": ""}]
+)
+def test_an_empty_variable_says_nothing(environ: dict[str, str]) -> None:
+    assert detect({**environ, "PMI_SIZE": "2", "OMPI_COMM_WORLD_SIZE": ""}).is_plain
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"WORLD_SIZE": ""}, "RANK=3 is set without WORLD_SIZE"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR not; launch with torchrun"),
+        ({"MASTER_PORT": ""}, "MASTER_PORT not; launch with torchrun"),
+    ],
+)
+def test_an_empty_variable_of_torchrun_is_missed_by_name(
+    change: dict[str, str], words: str
+) -> None:
+    assert words in refusal({**TORCHRUN, **change})
+
+
+def test_an_empty_port_leaves_slurms_own() -> None:
+    assert detect({**SLURM_STEP, "MASTER_PORT": ""}).store == detect(SLURM_STEP).store
 
 
 def test_torchrun_gives_rank_size_and_store() -> None:

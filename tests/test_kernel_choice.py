@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from launcher import kernels
 from launcher.config import compose
 from launcher.failures import ConfigError
+from launcher.host import kernels
+from launcher.host.kernels import choose_kernel, fastest, slower_than_bfloat16
 from launcher.job import first_difference
-from launcher.kernels import choose_kernel, fastest, slower_than_bfloat16
 from quant.kernels import choice
 
 

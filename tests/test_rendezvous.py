@@ -20,17 +20,20 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from launcher.environment import WorkerEnvironment
+from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import RunError
-from launcher.presence import Presence, is_running, place_of_process, write_beat, write_end
-from launcher.rendezvous import Member, host_until_done, join, say_ended
-from launcher.watch import BEAT_S, StuckRankError, Watch
+from launcher.ranks.member import Member
+from launcher.ranks.place import is_running, place_of_process
+from launcher.ranks.presence import Presence, write_beat, write_end
+from launcher.ranks.rendezvous import join, say_ended
+from launcher.ranks.scheduler import host_until_done
+from launcher.ranks.watch import BEAT_S, StuckRankError, Watch
 
 # A rank as a process of its own: joins from its MS_* variables, says its rank, waits to be ended.
 RANK_PROGRAM = """
 import os, sys, time
-from launcher.environment import detect
-from launcher.rendezvous import join, say_ended
+from launcher.environment.detection import detect
+from launcher.ranks.rendezvous import join, say_ended
 member = join(detect(os.environ), 20)
 print(member.rank, flush=True)
 sys.stdin.readline()
@@ -353,7 +356,7 @@ def test_a_pid_that_is_used_again_is_another_process() -> None:
 def test_the_host_gives_a_silent_rank_some_seconds_only(
     store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launcher.presence.GRACE_S", 0.2)
+    monkeypatch.setattr("launcher.ranks.presence.GRACE_S", 0.2)
     store.set_timeout(timedelta(seconds=5))
     write_end(store, 0, 1, "ValueError: x", is_cause=True)
     presence = Presence(store, [place_of_process()] * 2)

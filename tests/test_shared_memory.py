@@ -19,12 +19,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from launcher.collectives import open_group
 from launcher.failures import ConfigError
-from launcher.presence import is_stopped, process_start
-from launcher.rendezvous import Member
+from launcher.ranks.collectives import open_group
+from launcher.ranks.member import Member
+from launcher.ranks.place import is_stopped, process_start
+from launcher.ranks.watch import Watch
 from launcher.schema import ParallelSection
-from launcher.watch import Watch
 from parallel.collectives.network import TorchGroup
 from parallel.collectives.segment import Segment, SegmentError
 from parallel.collectives.shared_memory import ONE_SHOT_BYTES, SegmentLayout, SharedMemoryGroup
@@ -392,7 +392,7 @@ def test_ranks_of_one_host_share_memory_without_a_network():
     ],
 )
 def test_shared_memory_that_cannot_be_is_refused(monkeypatch, machines, is_ordered, reason):
-    monkeypatch.setattr("launcher.collectives.is_ordered_processor", lambda: is_ordered)
+    monkeypatch.setattr("launcher.ranks.collectives.is_ordered_processor", lambda: is_ordered)
     for error in opened(ParallelSection(collectives="shared_memory"), machines):
         assert isinstance(error, ConfigError)
         assert reason in str(error)

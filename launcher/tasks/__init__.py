@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from launcher.failures import ConfigError
 
 if TYPE_CHECKING:
-    from launcher.environment import WorkerEnvironment
-    from launcher.rank import Rank
+    from launcher.environment.worker import WorkerEnvironment
+    from launcher.ranks.rank import Rank
     from launcher.schema import Config
 
 # What each does, as `shardrun --help` says it, and what it reads: sections, and keys of others.

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from launcher.bandwidth import measure_group_bandwidth
+from launcher.host.bandwidth import measure_group_bandwidth
+from launcher.host.load import LoadMark, other_cores
+from launcher.host.memory import peak_bytes, reset_peak
 from launcher.job import Job, Prompt
-from launcher.load import LoadMark, other_cores
-from launcher.memory import peak_bytes, reset_peak
-from launcher.rank import Rank
+from launcher.ranks.rank import Rank
 from launcher.resolve import is_shape_alone, open_job
 from launcher.tasks.bench_case import Phase, Runner
 from launcher.tasks.bench_plot import draw_decode

@@ -10,11 +10,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from launcher.environment import WorkerEnvironment
+from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import ConfigError
+from launcher.host.kernels import choose_kernel
+from launcher.host.memory import host_bytes
 from launcher.job import Job
-from launcher.kernels import choose_kernel
-from launcher.memory import host_bytes
 from launcher.resolve import Resolved, check_effects, check_gpus, resolve
 from launcher.run_dir import RunDir
 from launcher.schema import Config
@@ -35,7 +35,7 @@ def run_sizes(config: Config, environment: WorkerEnvironment, timeline: Timeline
     jobs, notes = _jobs(config, environment)
     for note in notes:
         print(f"shardrun: {note}", file=sys.stderr, flush=True)
-    from launcher.workers import preload_torch, run_workers
+    from launcher.ranks.workers import preload_torch, run_workers
 
     preload_torch()
     timeline.mark("configuration")

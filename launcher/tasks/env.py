@@ -7,13 +7,16 @@ import platform
 import socket
 from pathlib import Path
 
-from launcher.cores import divide, read_wishes
-from launcher.environment import WorkerEnvironment, decide_size, seen_variables
+from launcher.environment.detection import seen_variables
+from launcher.environment.size import decide_size
+from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import ConfigError
-from launcher.kernels import fastest, survey
+from launcher.host.cores import divide
+from launcher.host.kernels import fastest, survey
+from launcher.host.topology import Topology, allowed_cpus, format_cpus, read_topology
+from launcher.host.wishes import read_wishes
 from launcher.resolve import DEMO_TP
 from launcher.schema import Config
-from launcher.topology import Topology, allowed_cpus, format_cpus, read_topology
 
 
 def run(config: Config, environment: WorkerEnvironment) -> None:
@@ -113,7 +116,7 @@ def _speeds(ms: dict[str, float], num_weights: int, num_bytes: int) -> str:
 def _libraries() -> dict[str, str]:
     import torch
 
-    from launcher.collectives import in_words
+    from launcher.ranks.collectives import in_words
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {

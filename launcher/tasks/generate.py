@@ -13,9 +13,9 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from launcher.device import resolve_dtype
+from launcher.host.device import resolve_dtype
 from launcher.job import Job, Prompt
-from launcher.rank import Rank
+from launcher.ranks.rank import Rank
 from launcher.resolve import model_overrides
 from launcher.schema import GenerationSection
 from launcher.text import TextStream, Tokenizer, open_tokenizer

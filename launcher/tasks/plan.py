@@ -13,10 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from launcher.bandwidth import measure_bandwidth_gb_s
-from launcher.device import check_names
-from launcher.environment import WorkerEnvironment, decide_size
+from launcher.environment.size import decide_size
+from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import ConfigError
+from launcher.host.bandwidth import measure_bandwidth_gb_s
+from launcher.host.device import check_names
 from launcher.resolve import DEMO, DEMO_TP, check_generation, model_overrides
 from launcher.schema import Config
 from launcher.table import print_table

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from launcher.environment import WorkerEnvironment
+from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import ConfigError
 from launcher.resolve import Resolved, model_overrides, resolve
 from launcher.schema import Config

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from launcher.failures import RunError
 from launcher.job import Job, Prompt
-from launcher.rank import Rank
+from launcher.ranks.rank import Rank
 from launcher.resolve import model_overrides
 from launcher.tasks.generate import cache_length, make_loop, open_decoder, requests
 from parallel.checkpoint.open import Checkpoint, open_checkpoint

@@ -1,13 +1,12 @@
 """The life of one rank: arrive, meet the others, do the task's part, say goodbye.
 
-`run_started` is for ranks that we start (launcher/agent.py), `run_external` for ranks that
+`run_started` is for ranks that we start (launcher/ranks/agent.py), `run_external` for ranks that
 torchrun, MindSpore, Slurm or MPI start.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -18,32 +17,24 @@ from typing import TextIO
 import torch
 import torch.distributed as dist
 
-from launcher.collectives import open_group
-from launcher.cores import Taken, read_wishes, take_seat
-from launcher.device import resolve_device
-from launcher.environment import WorkerEnvironment
-from launcher.failures import (
-    EXIT_FAILED,
-    EXIT_USER,
-    USER_ERRORS,
-    ConfigError,
-    ErrorRecord,
-)
-from launcher.job import Job, first_difference
-from launcher.rank import Rank
-from launcher.rendezvous import (
-    Deadline,
-    Member,
-    arrival_deadline,
-    join,
-    say_ended,
-    wait_for,
-)
+from launcher.environment.worker import WorkerEnvironment
+from launcher.failures import EXIT_FAILED
+from launcher.host.device import resolve_device
+from launcher.host.seat import Taken, take_seat
+from launcher.host.wishes import read_wishes
+from launcher.job import Job
+from launcher.ranks.agreement import JobMaker, agree
+from launcher.ranks.collectives import open_group
+from launcher.ranks.deadline import arrival_deadline
+from launcher.ranks.member import Member
+from launcher.ranks.rank import Rank
+from launcher.ranks.rendezvous import join, say_ended
+from launcher.ranks.report import in_words, record_of, report
+from launcher.ranks.watch import StuckRankError, Watch
 from launcher.run_dir import RunDir
 from launcher.schema import ParallelSection
 from launcher.tasks import rank_task
 from launcher.timeline import Timeline
-from launcher.watch import StuckRankError, Watch
 from parallel.errors import PeerError
 
 _AFTER_THE_CAUSE_S = 0.5
@@ -51,9 +42,6 @@ _AFTER_THE_CAUSE_S = 0.5
 _IMPORTED_AT = time.time()
 # What a rank does with its error before it leaves; returns its exit status.
 Recorder = Callable[[BaseException], int]
-# Checks the job of this process's own command line, its prompts only if asked to; returns it with
-# what is to be said about it.
-JobMaker = Callable[[bool], tuple[Job, tuple[str, ...]]]
 
 
 def run_started(
@@ -67,7 +55,7 @@ def run_started(
     console = _redirect_output(run_dir.log(rank), rank)
 
     def record(error: BaseException) -> int:
-        found = _record(rank, error)
+        found = record_of(rank, error)
         print(found.traceback, file=sys.stderr)
         found.write(run_dir.error(rank))
         if found.is_consequence:
@@ -103,11 +91,11 @@ def run_external(
     timeline.mark("rendezvous")
 
     def work(watch: Watch) -> None:
-        job, run_dir = _agree(member, make_job, arrival_deadline(environment, start_timeout_s))
+        job, run_dir = agree(member, make_job, arrival_deadline(environment, start_timeout_s))
         timeline.mark("agreement")
         _do_task(member, watch, job, run_dir, sys.stderr, timeline)
 
-    _live(member, work, lambda error: _report(member, error))
+    _live(member, work, lambda error: report(member.rank, error))
     return 0
 
 
@@ -140,13 +128,8 @@ def _end(member: Member, error: BaseException, record: Recorder) -> None:
     status = record(error)
     # Who failed because of another says what it saw, and is not taken for the cause.
     is_cause = not isinstance(error, PeerError)
-    message = str(error) if isinstance(error, PeerError | StuckRankError) else _named(error)
-    say_ended(member, status, message, is_cause=is_cause)
+    say_ended(member, status, in_words(error), is_cause=is_cause)
     _leave(status)
-
-
-def _named(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 def _leave(status: int) -> None:
@@ -185,54 +168,6 @@ def _take_seat(
     return seat
 
 
-def _agree(member: Member, make_job: JobMaker, deadline: Deadline) -> tuple[Job, RunDir]:
-    """All ranks hold rank 0's job, or all end with the sentence of the first that does not."""
-    job, problem = None, ""
-    try:
-        job, notes = make_job(member.rank == 0)
-        if member.rank == 0:
-            _publish(member, job)
-            for note in notes:
-                print(f"shardrun: {note}", file=sys.stderr, flush=True)
-    except USER_ERRORS as error:
-        problem = str(error)
-    if member.rank == 0 and problem:
-        member.store.set("job/0", "")
-    problem = problem or _compare(member, job, deadline)
-    _exchange_verdicts(member, problem, deadline)
-    run_dir = RunDir(Path(member.store.get("run_dir").decode()))
-    texts = (member.store.get(f"job/{part}").decode() for part in ("config", "prompts"))
-    return Job.from_texts(*texts), run_dir
-
-
-def _publish(member: Member, job: Job) -> None:
-    run_dir = RunDir.create(job)
-    member.store.set("run_dir", str(run_dir.path))
-    member.store.set("job/config", job.config_text())
-    member.store.set("job/prompts", job.prompts_text())
-    member.store.set("job/0", "published")
-
-
-def _compare(member: Member, job: Job | None, deadline: Deadline) -> str:
-    assert job is not None
-    if not wait_for(member.store, "job", 1, deadline, "read its job")[0]:
-        return ""
-    theirs = Job.from_texts(member.store.get("job/config").decode(), "")
-    difference = first_difference(job.config, theirs.config)
-    rule = "the configuration must be the same on every rank"
-    return f"{rule}, but {difference}" if difference else ""
-
-
-def _exchange_verdicts(member: Member, problem: str, deadline: Deadline) -> None:
-    """Raises ConfigError on every rank if any has a problem."""
-    member.store.set(f"verdict/{member.rank}", problem)
-    for rank, verdict in enumerate(
-        wait_for(member.store, "verdict", member.size, deadline, "read its job")
-    ):
-        if verdict:
-            raise ConfigError(f"rank {rank}: {verdict.decode()}")
-
-
 def _redirect_output(log: Path, rank: int) -> TextIO:
     """Send what this rank writes to its log; rank 0 keeps stdout, and the console for progress."""
     console = os.fdopen(os.dup(2), "w", buffering=1)
@@ -242,49 +177,3 @@ def _redirect_output(log: Path, rank: int) -> TextIO:
         os.dup2(fd, 1)
     os.close(fd)
     return console
-
-
-def _report(member: Member, error: BaseException) -> int:
-    """Say on stderr how this rank ended; the user's own mistakes are said by rank 0 alone."""
-    if isinstance(error, KeyboardInterrupt):
-        return 128 + signal.SIGINT
-    if isinstance(error, USER_ERRORS):
-        if member.rank == 0:
-            print(f"shardrun: {error}", file=sys.stderr, flush=True)
-        return EXIT_USER
-    record = _record(member.rank, error)
-    _say(member, error, record)
-    _tell_torchrun(error)
-    if not record.is_consequence:
-        print(record.traceback, file=sys.stderr, flush=True)
-    return EXIT_FAILED
-
-
-def _record(rank: int, error: BaseException) -> ErrorRecord:
-    """The record of an error; one that another rank brought about by hanging is that rank's."""
-    record = ErrorRecord.of(rank, error)
-    if isinstance(error, StuckRankError):
-        place = error.place
-        record = replace(
-            record,
-            rank=error.rank,
-            host=place["host"],
-            pid=place["pid"],
-            message=f"it did not answer: {error.reason}",
-        )
-    return record
-
-
-def _say(member: Member, error: BaseException, record: ErrorRecord) -> None:
-    """What came from another rank leads with that one."""
-    is_about_other = isinstance(error, PeerError | StuckRankError)
-    line = f"{error} (said rank {member.rank})" if is_about_other else str(record)
-    print(f"shardrun: {line}", file=sys.stderr, flush=True)
-
-
-def _tell_torchrun(error: BaseException) -> None:
-    """Leave the error where torchrun's agent looks for it."""
-    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-    if isinstance(error, Exception) and os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        get_error_handler().record_exception(error)

@@ -1,23 +1,18 @@
 """Whether the other ranks still live, and how those that ended did.
 
-A rank of this machine is judged by its process, one of another by its beats: `launcher/watch.py`
-writes them into the store twice a second.
+A rank of this machine is judged by its process, one of another by its beats:
+`launcher/ranks/watch.py` writes them into the store twice a second.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
 import time
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from launcher.topology import allowed_cpus
+from launcher.ranks.place import Place, is_here, is_running
 
 # A rank on another machine that has been silent for so long is taken for dead.
 SILENCE_S = 6.0
@@ -26,9 +21,6 @@ GRACE_S = 5.0
 # Between two looks of ours: if more has passed, it was we who slept (Ctrl-Z, a suspended job).
 _NAP_S = 3.0
 _POLL_S = 0.02
-
-# Where a rank runs: host, machine, pid, the start time of the process, and the cores it may use.
-Place = dict[str, Any]
 
 
 class Presence:
@@ -113,59 +105,3 @@ def write_end(store: dist.Store, rank: int, status: int, message: str, is_cause:
     """
     end = {"status": status, "message": message, "is_cause": is_cause}
     store.set(f"ended/{rank}", json.dumps(end))
-
-
-def place_of_process() -> Place:
-    """Where this process runs, in terms that outlive it: a pid alone may be used again."""
-    return {
-        "host": socket.gethostname(),
-        "machine": _machine(),
-        "pid": os.getpid(),
-        "started": process_start(os.getpid()),
-        "cores": sorted(allowed_cpus()),
-    }
-
-
-def is_here(place: Place) -> bool:
-    """Whether a place is on this machine, where its pid means something and loopback leads."""
-    return bool(place["machine"] == _machine())
-
-
-def is_running(place: Place) -> bool:
-    """Whether the process of a place on this machine still runs."""
-    return process_start(place["pid"]) == place["started"]
-
-
-def end_stuck(place: Place) -> None:
-    """Kill a process of this machine that no longer even beats: it would stay for ever."""
-    if is_here(place) and is_running(place):
-        os.kill(place["pid"], signal.SIGKILL)
-
-
-def process_start(pid: int) -> int:
-    """The start time of a living process in clock ticks; 0 if it is gone or a zombie."""
-    fields = _stat(pid)
-    return 0 if not fields or fields[0] in "ZX" else int(fields[19])
-
-
-def is_stopped(pid: int) -> bool:
-    """Whether a signal stopped the process; one that a debugger holds is not meant."""
-    return _stat(pid)[:1] == ["T"]
-
-
-def _stat(pid: int) -> list[str]:
-    """The fields of the kernel's line on a process from its state on; empty if it is gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
-
-
-@cache
-def _machine() -> str:
-    """One kernel, one set of pids, one network: containers may share a host's name."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return " ".join([boot, *(os.readlink(f"/proc/self/ns/{kind}") for kind in ("pid", "net"))])
-    except OSError:
-        return socket.gethostname()

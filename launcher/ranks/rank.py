@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 import torch
 
-from launcher.cores import Taken
+from launcher.host.seat import Taken
 from launcher.job import Job
 from launcher.run_dir import RunDir
 from launcher.timeline import Timeline

@@ -7,39 +7,12 @@ container's quota, OMP_NUM_THREADS. Every rank computes the division for itself,
 
 from __future__ import annotations
 
-import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from launcher.environment import launching_pid
-from launcher.topology import Topology, allowed_cpus, format_cpus, memory_by_node, read_topology
-
-# With these OpenMP binds its threads itself.
-_BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
-_UNBOUND = ("", "false", "none", "disabled")
-_TORCHRUNS_OWN = (
-    "torchrun set OMP_NUM_THREADS=1 by itself: not used, the ranks divide the cores "
-    "(parallel.threads=1 keeps it)"
-)
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """What the user, or the launcher in the user's name, said of threads and cores.
-
-    Attributes:
-        threads: of each rank; None divides the cores.
-        floating: why ranks are not bound to cores; empty where they are.
-        openmp_binds: variables tell OpenMP to bind its threads itself.
-        note: what the user should know.
-    """
-
-    threads: int | None = None
-    floating: str = ""
-    openmp_binds: bool = False
-    note: str = ""
+from launcher.host.topology import Topology, format_cpus
+from launcher.host.wishes import Wishes
 
 
 @dataclass(frozen=True)
@@ -58,36 +31,6 @@ class Seat:
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
         where = f"cores {format_cpus(self.cpus)}"
         return f"{threads} on {where}" + (f", not bound: {self.floating}" if self.floating else "")
-
-
-def torchrun_set_threads(environ: Mapping[str, str]) -> bool:
-    """Whether OMP_NUM_THREADS=1 is torchrun's own: where the user set none, it sets 1 for all."""
-    is_under_torchrun = "TORCHELASTIC_RUN_ID" in environ
-    return is_under_torchrun and was_set_by(launching_pid(environ), "OMP_NUM_THREADS")
-
-
-def read_wishes(
-    threads: int | None,
-    pin: bool,
-    environ: Mapping[str, str],
-    is_torchruns: Callable[[Mapping[str, str]], bool] = torchrun_set_threads,
-) -> Wishes:
-    """Wishes of the configuration first, then those of the environment.
-
-    Args:
-        is_torchruns: whether torchrun, not the user, set OMP_NUM_THREADS.
-    """
-    bound = [name for name in _BINDING if environ.get(name, "").lower() not in _UNBOUND]
-    floating = f"{bound[0]} is set" if bound else "" if pin else "parallel.pin is false"
-    if not hasattr(os, "sched_setaffinity"):
-        floating = "this system binds no process to cores"
-    wishes = Wishes(threads, floating, openmp_binds=bool(bound))
-    first = environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    if threads is not None or not first.isdecimal() or int(first) < 1:
-        return wishes
-    if first == "1" and is_torchruns(environ):
-        return replace(wishes, note=_TORCHRUNS_OWN)
-    return replace(wishes, threads=int(first))
 
 
 def divide(topology: Topology, allowed: Sequence[frozenset[int]], wishes: Wishes) -> list[Seat]:
@@ -173,69 +116,3 @@ def _heed(seat: Seat, allowed: frozenset[int], wishes: Wishes) -> Seat:
     if not floating and threads > len(seat.cpus):
         floating = f"{threads} threads were asked for, more than its share of the cores"
     return Seat(allowed if floating else seat.cpus, threads, floating)
-
-
-@dataclass(frozen=True)
-class Taken:
-    """A rank's seat as the system reads it back.
-
-    Attributes:
-        refused: the system's words, where it did not bind the rank to its cores.
-    """
-
-    seat: Seat
-    topology: Topology
-    refused: str = ""
-
-    def report(self) -> dict[str, object]:
-        """For report.json: where the rank runs now, and on which nodes its memory lies, in bytes."""
-        import torch
-
-        cpus = allowed_cpus()
-        return {
-            "cores": format_cpus(cpus),
-            "threads": torch.get_num_threads(),
-            "numa_nodes": self.topology.nodes_of(cpus),
-            "memory_by_node": memory_by_node(),
-            "floating": self.refused or self.seat.floating,
-        }
-
-
-def take_seat(allowed: Sequence[frozenset[int]], index: int, wishes: Wishes) -> Taken:
-    """Bind this thread, and so those that it starts later, to its share of the cores.
-
-    Call it before the first tensor operation: OpenMP's threads inherit the affinity as they start,
-    and memory lies on the node of the thread that first touches it.
-    """
-    import torch
-
-    topology = read_topology(frozenset().union(*allowed))
-    seat = divide(topology, allowed, wishes)[index]
-    if wishes.openmp_binds and wishes.threads is None:
-        # It may have bound this thread to one core already; it counted before that.
-        seat = replace(seat, threads=max(seat.threads, torch.get_num_threads() // len(allowed)))
-    refused = "" if seat.floating else _bind(seat.cpus)
-    # After it: setting the number starts threads.
-    torch.set_num_threads(seat.threads)
-    return Taken(seat, topology, refused)
-
-
-def _bind(cpus: frozenset[int]) -> str:
-    """Returns why the system did not, and an empty string where it did, as read back."""
-    if cpus == allowed_cpus():
-        return ""
-    try:
-        os.sched_setaffinity(0, cpus)
-    except OSError as error:
-        return f"binding to cores {format_cpus(cpus)} failed ({error.strerror})"
-    found = allowed_cpus()
-    return "" if found == cpus else f"the system kept it on cores {format_cpus(found)}"
-
-
-def was_set_by(pid: int, name: str) -> bool:
-    """Whether a process that passes a variable on was itself started without it: it set it."""
-    try:
-        entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:
-        return False
-    return bool(entries[0]) and not any(entry.startswith(f"{name}=".encode()) for entry in entries)

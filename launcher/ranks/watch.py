@@ -15,8 +15,9 @@ from typing import Any
 import torch.distributed as dist
 
 from launcher.failures import RunError
-from launcher.presence import SILENCE_S, Place, Presence, end_stuck, is_here, write_beat
-from launcher.rendezvous import Member
+from launcher.ranks.member import Member
+from launcher.ranks.place import Place, end_stuck, is_here
+from launcher.ranks.presence import SILENCE_S, Presence, write_beat
 
 BEAT_S = 0.5
 # A rank whose watch has missed several beats is stopped, not slow.

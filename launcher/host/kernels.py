@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from launcher.failures import ConfigError
-from launcher.gpus import count_gpus
+from launcher.host.gpus import count_gpus
+from launcher.host.topology import allowed_cpus
 from launcher.schema import Config
-from launcher.topology import allowed_cpus
 
 AUTO = "auto"
 NAMES = (AUTO, "native", "onednn", "reference")
 _SURVEY_TIMEOUT_S = 120
-_ROOT = Path(__file__).parents[1]
+_ROOT = Path(__file__).parents[2]
 # What changes which instructions the libraries use.
 _VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 
 from launcher.failures import ConfigError
-from launcher.presence import Place, is_running, is_stopped
-from launcher.rendezvous import Member
+from launcher.ranks.member import Member
+from launcher.ranks.place import Place, is_running, is_stopped
+from launcher.ranks.watch import Watch
 from launcher.schema import ParallelSection
-from launcher.watch import Watch
 from parallel.collectives.network import TorchGroup
 from parallel.collectives.segment import Segment, SegmentError
 from parallel.collectives.shared_memory import SegmentLayout, SharedMemoryGroup

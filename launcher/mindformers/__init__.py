@@ -1,0 +1,1 @@
+"""MindFormers' predict YAML, read as shardrun's keys: one file for each part of theirs."""

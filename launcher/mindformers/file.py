@@ -1,0 +1,83 @@
+"""What was read of a MindFormers file so far, and how its values are checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+from launcher.failures import ConfigError
+
+# Reasons why a key is not used; what a reader may have counted on has another.
+TRAINING = "training"
+RUNTIME = "how MindSpore runs it"
+# What would change the text, and cannot be honoured.
+MUST_BE_ABSENT = {
+    "pet_config": "merge the adapter into the weights first",
+    "quant": "write a quantization_config",
+    "quant_config": "write a quantization_config",
+    "moe_config": "mixtures of experts are not run; remove it for a dense model",
+}
+
+
+@dataclass
+class ReadFile:
+    """What was read so far: our keys, and theirs that are not used, by reason."""
+
+    source: str
+    values: dict[str, Any] = field(default_factory=dict)
+    unused: dict[str, list[str]] = field(default_factory=dict)
+
+    def ignore(self, reason: str, *names: str) -> None:
+        if names:
+            self.unused.setdefault(reason, []).extend(names)
+
+    def report(self) -> str:
+        """What a reader may have counted on comes first."""
+        reasons = sorted(self.unused, key=lambda why: why in (TRAINING, RUNTIME))
+        return "; ".join(f"{', '.join(self.unused[why])} ({why})" for why in reasons)
+
+    def refusal(self, key: str, rule: str, value: object, remedy: str) -> ConfigError:
+        return ConfigError(f"`{key}` in {self.source} {rule}, but is {value!r}; {remedy}.")
+
+    def mapping(self, key: str, value: Any) -> dict[str, Any]:
+        if is_blank(value):
+            return {}
+        if not isinstance(value, dict):
+            raise self.refusal(key, "must be a mapping", value, "correct the indentation below it")
+        return value
+
+    def positive(self, key: str, value: Any, kinds: tuple[type, ...] = (int,)) -> Any:
+        if type(value) not in kinds or not 0 < value < float("inf"):
+            word = "integer" if kinds == (int,) else "number"
+            raise self.refusal(key, f"must be a positive {word}", value, "correct it")
+        return value
+
+    def check_known(self, section: str, names: Iterable[Any], known: Iterable[str]) -> None:
+        """They would swallow an unknown key, and with it what its user wanted."""
+        known = sorted(known)
+        for name in names:
+            if name not in known:
+                close = get_close_matches(str(name), known, n=1)
+                hint = f"did you mean `{close[0]}`?" if close else "remove it."
+                raise ConfigError(f"`{section}.{name}` in {self.source} is not a key; {hint}")
+
+
+def check_absent(file: ReadFile, name: str, value: Any) -> None:
+    """What would change the text. `moe_config: {expert_num: 1}` is everywhere and does not."""
+    key = name.rpartition(".")[2]
+    is_dense = key == "moe_config" and file.mapping(name, value).get("expert_num", 1) == 1
+    if value != {} and not is_dense:
+        raise file.refusal(name, "must be absent", value, MUST_BE_ABSENT[key])
+    file.ignore(TRAINING, name)
+
+
+def is_blank(value: Any) -> bool:
+    """An unquoted None of theirs is the string "None" to YAML."""
+    blank = ("", "none", "null")
+    return value is None or (isinstance(value, str) and value.strip().lower() in blank)
+
+
+def is_true(value: Any) -> bool:
+    return str(value).lower() == "true"

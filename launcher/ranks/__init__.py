@@ -1,0 +1,1 @@
+"""The processes of a job: started, brought together, watched and ended."""
