@@ -12,7 +12,7 @@ import torch
 
 from launcher.__main__ import main
 from launcher.exam import Exam, Question
-from launcher.questions import Form, Item, check_template, make_questions
+from launcher.questions import Form, Item, check_template, make_questions, read_items
 from launcher.resolve import DEMO
 from launcher.tasks.eval_result import ModelResult, difference, majority
 from launcher.text import num_shared, open_tokenizer
@@ -197,6 +197,35 @@ def sequence_log_prob(path, prompt_ids, choice_ids) -> float:
     """Of a continuation, from the logits of the whole sequence computed by itself."""
     rows = logits(path, [*prompt_ids, *choice_ids], 1).double().log_softmax(-1)
     return sum(float(rows[len(prompt_ids) - 1 + at, token]) for at, token in enumerate(choice_ids))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_answers_to_real_questions_are_those_of_transformers(shared, size):
+    path = shared / "checkpoints/stories260K/hf"
+    items = read_items(str(shared / "boolq/dev.jsonl"), TEMPLATE)[:12]
+    form = Form(TEMPLATE, (" yes", " no"), open_tokenizer(path), 512)
+    asked = list(make_questions(items, form))
+    problems = [Problem(item.prompt_ids, item.choice_ids) for item in asked]
+    assert max(len(choice) for problem in problems for choice in problem.choices) > 1
+
+    def work(group):
+        decoder = load(open_checkpoint(path), group, length=512)
+        cache = decoder.new_cache(len(problems), 512)
+        return choice_log_probs(decoder, cache, problems, 512)
+
+    model = reference(path)
+    expected = [[their_log_prob(model, p.prompt_ids, c) for c in p.choices] for p in problems]
+    found = run_ranks(size, work)[0]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), **LOG_PROB)
+
+
+def their_log_prob(model, prompt_ids, choice_ids) -> float:
+    """Of a continuation: transformers' mean loss over its labels, times their number."""
+    input_ids = torch.tensor([[*prompt_ids, *choice_ids]])
+    labels = input_ids.clone()
+    labels[:, : len(prompt_ids)] = -100
+    with torch.no_grad():
+        return -model(input_ids, labels=labels).loss.item() * len(choice_ids)
 
 
 # --------------------------------------------------------------------------------- questions
