@@ -12,6 +12,7 @@ import torch
 
 from launcher.__main__ import main
 from launcher.exam import Exam, Question
+from launcher.long_text import get_text, set_text
 from launcher.questions import Form, Item, check_template, make_questions, read_items
 from launcher.resolve import DEMO
 from launcher.tasks.eval_result import ModelResult, difference, majority
@@ -346,6 +347,14 @@ def ask_ids(index: int, answer: bool) -> Question:
     return Question(index, "q", answer, (1, 2), ((3,), (4, 5)), 0, False)
 
 
+def test_long_exam_passes_through_the_store_in_pieces():
+    """torch's server takes 8 MB of a value at most: 2 million tokens are more."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for text in ("", "é" * 3, json.dumps(list(range(2_000_000)))):
+        set_text(store, "job/prompts", text)
+        assert get_text(store, "job/prompts") == text
+
+
 # -------------------------------------------------------------------------------- arithmetic
 
 
@@ -532,6 +541,7 @@ FILES = {
         (("eval.questions=@/good.jsonl", "eval.choices=[a,a]"), ("`eval.choices`", "different")),
         (("eval.questions=@/good.jsonl", "eval.choices=[a]"), ("`eval.choices`", "two different")),
         (("eval.text=@/text.txt", "eval.original=/no/such"), ("`eval.original`", "/no/such")),
+        (("eval.text=@/text.txt", "eval.original=%"), ("`eval.original`", "nothing is quantized")),
         (("eval.text=@/text.txt", "prompt=a"), ("`prompt`", "no effect on eval")),
     ],
 )  # fmt: skip
@@ -542,8 +552,7 @@ def test_bad_input_is_refused_before_anything_starts(
     monkeypatch.chdir(tmp_path)
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
-    status = main(
-        ["eval", f"checkpoint={tiny}", *(word.replace("@", str(tmp_path)) for word in words)]
-    )
+    typed = [word.replace("@", str(tmp_path)).replace("%", str(tiny)) for word in words]
+    status = main(["eval", f"checkpoint={tiny}", *typed])
     check_refusal(status, *capsys.readouterr(), says)
     assert not (tmp_path / "outputs").exists()

@@ -51,8 +51,8 @@ def _models(job: Job) -> list[_Model]:
     checkpoint = open_checkpoint(job.checkpoint, model_overrides(config))
     scheme = config.quant.scheme()
     original = open_original(config, checkpoint)
-    name = checkpoint.layout(scheme).scheme.label
-    own = _Model("original" if name == "none" else name, checkpoint, scheme)
+    is_quantized = scheme != QuantScheme()
+    own = _Model(scheme.label if is_quantized else "original", checkpoint, scheme)
     if original is None:
         return [own]
     return [_Model("original", original, QuantScheme()), own]
@@ -71,7 +71,7 @@ def _measure(rank: Rank, model: _Model) -> ModelResult:
     return ModelResult(
         name=model.name,
         checkpoint=str(model.checkpoint.path),
-        scheme=model.checkpoint.layout(model.scheme).scheme.label,
+        scheme=model.scheme.label,
         dtype=str(decoder.dtype).removeprefix("torch."),
         loss=loss,
         choice_log_probs=found,

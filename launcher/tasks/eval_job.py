@@ -12,11 +12,12 @@ from launcher.job import Job
 from launcher.kernels import choose_kernel
 from launcher.progress import open_bar
 from launcher.questions import Form, check_template, make_questions, read_items
-from launcher.resolve import DEMO, check_effects, check_gpus, check_original, resolve
+from launcher.resolve import DEMO, Resolved, check_effects, check_gpus, check_original, resolve
 from launcher.schema import Config, EvalSection
 from launcher.text import Tokenizer, num_shared, open_tokenizer
 from launcher.text_file import read_text
 from parallel.checkpoint.open import Checkpoint
+from quant.scheme import QuantScheme
 
 # As in GPTQ (Frantar et al., 2022) and after it: the window of most published perplexities.
 _LONGEST_DEFAULT_WINDOW = 2048
@@ -38,10 +39,7 @@ def make_eval_job(
     """
     resolved = resolve(config, environment)
     check_effects(config)
-    original = check_original(config, resolved.checkpoint)
-    assert resolved.config.parallel.tp is not None
-    if original is not None:
-        original.config.check_tp(resolved.config.parallel.tp)
+    original = _check_original(resolved)
     check_gpus(config, resolved, environment)
     context = min(
         item.config.max_position_embeddings for item in (resolved.checkpoint, original) if item
@@ -54,6 +52,22 @@ def make_eval_job(
     # Last: the first time on a machine it takes seconds, which a refusal should not.
     config, notes = choose_kernel(config, resolved.layout.scheme.label)
     return Job(config, (), exam), resolved.notes + notes
+
+
+def _check_original(resolved: Resolved) -> Checkpoint | None:
+    """The original that is named must run on the same ranks, and there must be what it is of."""
+    config = resolved.config
+    original = check_original(config, resolved.checkpoint)
+    if original is None:
+        return None
+    if config.quant.scheme() == QuantScheme():
+        raise ConfigError(
+            "`eval.original` is the original of a quantized model, but nothing is quantized here; "
+            "write quant=rtn_a16w8, give a prepared quantized checkpoint, or drop it."
+        )
+    assert config.parallel.tp is not None
+    original.config.check_tp(config.parallel.tp)
+    return original
 
 
 def _settle(section: EvalSection, context: int, *, is_demo: bool) -> EvalSection:
