@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from launcher.exam import Exam
 from launcher.failures import ConfigError
 from launcher.schema import Config, from_yaml, to_yaml
 
@@ -38,10 +40,11 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Job:
-    """A resolved configuration and its prompts; equal bytes on every rank."""
+    """A resolved configuration and its prompts, or what eval asks; equal bytes on every rank."""
 
     config: Config
     prompts: tuple[Prompt, ...]
+    exam: Exam = Exam()
 
     @property
     def checkpoint(self) -> Path:
@@ -57,12 +60,18 @@ class Job:
         return to_yaml(self.config)
 
     def prompts_text(self) -> str:
-        return "".join(json.dumps(prompt.to_dict()) + "\n" for prompt in self.prompts)
+        entries: Iterable[dict[str, Any]] = (prompt.to_dict() for prompt in self.prompts)
+        if self.config.task.name == "eval":
+            entries = self.exam.to_dicts()
+        return "".join(json.dumps(entry) + "\n" for entry in entries)
 
     @classmethod
     def from_texts(cls, config_text: str, prompts_text: str) -> Job:
-        prompts = (Prompt.from_dict(json.loads(line)) for line in prompts_text.splitlines())
-        return cls(from_yaml(config_text), tuple(prompts))
+        config = from_yaml(config_text)
+        entries = list(map(json.loads, prompts_text.splitlines()))
+        if config.task.name == "eval":
+            return cls(config, (), Exam.from_dicts(entries))
+        return cls(config, tuple(map(Prompt.from_dict, entries)))
 
 
 def first_difference(mine: Config, other: Config) -> str | None:

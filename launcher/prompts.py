@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
-from pathlib import Path
 from types import NoneType
-from typing import Any, BinaryIO
+from typing import Any
 
 from launcher.failures import ConfigError
 from launcher.job import Prompt
 from launcher.schema import Config, GenerationSection
 from launcher.text import Tokenizer
-from parallel.checkpoint.regular_file import reason
+from launcher.text_file import beginning, has_lone_surrogate, json_lines, read_text
 from parallel.errors import PromptError
 
 DEMO_PROMPTS = ["I love Beijing, because", "LLaMA is a", "Huawei is a company that"]
 DEFAULT_NEW_TOKENS = 128
-_MOST_BYTES = 256 << 20
 # Other fields of a .jsonl line, such as a category, are the user's own; these would be missed.
 _GENERATION_KEYS = {item.name for item in fields(GenerationSection)}
 
@@ -69,7 +64,7 @@ def _texts(config: Config, default: list[str] | None) -> list[tuple[Any, str]]:
 
 
 def _file_texts(name: str) -> list[tuple[Any, str]]:
-    text = _read_text(name)
+    text = read_text("prompts_file", name)
     lines = [line for line in text.split("\n") if line.strip()]
     if not lines:
         raise ConfigError(f"`prompts_file` {name} holds no prompt; write one a line.")
@@ -78,41 +73,12 @@ def _file_texts(name: str) -> list[tuple[Any, str]]:
     return [(None, line) for line in lines]
 
 
-def _read_text(name: str) -> str:
-    """The file's text. A pipe is read too, so its size is bounded while it is read."""
-    try:
-        with _open(name) as file:
-            data = file.read(_MOST_BYTES + 1)
-        if len(data) > _MOST_BYTES:
-            raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")
-        text = data.decode("utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"`prompts_file` {name} cannot be read ({reason(error)}); give a text file in UTF-8."
-        ) from error
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _open(name: str) -> AbstractContextManager[BinaryIO]:
-    if name != "-":
-        return Path(name).open("rb")
-    if sys.stdin is None:  # the shell's `<&-`
-        raise ValueError("stdin is closed")
-    return nullcontext(sys.stdin.buffer)
-
-
 def _jsonl_texts(name: str, text: str) -> Iterator[tuple[Any, str]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            entry = None
+    for number, line, entry in json_lines(text):
         if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
             raise ConfigError(
                 f"`prompts_file` {name}, line {number}, must be a JSON object with a `prompt` "
-                f"string, but is {_beginning(line)}; correct it."
+                f"string, but is {beginning(line)}; correct it."
             )
         if type(entry.get("id")) not in (str, int, NoneType):
             raise ConfigError(
@@ -128,17 +94,12 @@ def _jsonl_texts(name: str, text: str) -> Iterator[tuple[Any, str]]:
         yield entry.get("id"), entry["prompt"]
 
 
-def _beginning(text: str) -> str:
-    return repr(text) if len(text) <= 40 else f"{text[:40]!r}…"
-
-
 def _check_characters(index: int, *texts: object) -> None:
-    """JSON can name half a character (`\\ud800`), which no tokenizer and no file takes."""
     for text in texts:
-        if isinstance(text, str) and any("\ud800" <= sign <= "\udfff" for sign in text):
+        if isinstance(text, str) and has_lone_surrogate(text):
             raise PromptError(
                 f"prompt {index} must be UTF-8 text, but has a lone surrogate: "
-                f"{_beginning(text)}; write the character itself."
+                f"{beginning(text)}; write the character itself."
             )
 
 
@@ -146,11 +107,11 @@ def _prompt(
     config: Config, index: int, name: Any, text: str, token_ids: list[int], context: int
 ) -> Prompt:
     if not token_ids:
-        raise PromptError(f"prompt {index} ({_beginning(text)}) has no tokens; write some text.")
+        raise PromptError(f"prompt {index} ({beginning(text)}) has no tokens; write some text.")
     room = context - len(token_ids)
     if room < 1:
         raise PromptError(
-            f"prompt {index} ({_beginning(text)}) has {len(token_ids)} tokens, but the context is "
+            f"prompt {index} ({beginning(text)}) has {len(token_ids)} tokens, but the context is "
             f"{context} tokens and an answer needs at least one; shorten it."
         )
     return Prompt(

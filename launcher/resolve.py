@@ -91,9 +91,13 @@ def make_job(
         from launcher.tasks.bench_sizes import make_bench_job
 
         return make_bench_job(config, environment, chooses_kernel=reads_prompts)
+    if config.task.name == "eval":
+        from launcher.tasks.eval_job import make_eval_job
+
+        return make_eval_job(config, environment, reads_exam=reads_prompts)
     resolved = resolve(config, environment)
     check_effects(config)
-    _check_original(config, resolved.checkpoint)
+    check_original(config, resolved.checkpoint)
     check_gpus(config, resolved, environment)
     if not reads_prompts:
         return Job(resolved.config, ()), resolved.notes
@@ -166,21 +170,37 @@ def check_effects(config: Config) -> None:
         )
 
 
-def _check_original(config: Config, checkpoint: Checkpoint) -> None:
-    """verify reads it last, when everything else has run."""
-    if config.task.name != "verify" or config.verify.original is None:
-        return
-    path = Path(config.verify.original).absolute()
-    original = open_checkpoint(path, model_overrides(config), key="verify.original")
+def named_original(config: Config) -> str | None:
+    """What the task's key names as the unquantized checkpoint, if it has such a key."""
+    named = {"verify": config.verify.original, "eval": config.eval.original}
+    return named.get(config.task.name)
+
+
+def check_original(config: Config, checkpoint: Checkpoint) -> Checkpoint | None:
+    """The checkpoint that is named as the original; a task may need it last, and hours later."""
+    name, key = named_original(config), f"{config.task.name}.original"
+    if name is None:
+        return None
+    path = Path(name).absolute()
+    original = open_checkpoint(path, model_overrides(config), key=key)
     if original.layout(QuantScheme()).quantized:
-        raise ConfigError(
-            f"`verify.original` must be unquantized, but {path} is not; give its source."
-        )
+        raise ConfigError(f"`{key}` must be unquantized, but {path} is not; give its source.")
     if original.config.vocab_size != checkpoint.config.vocab_size:
         raise ConfigError(
-            f"`verify.original` must have the checkpoint's vocab_size "
-            f"({checkpoint.config.vocab_size}), but {path} has {original.config.vocab_size}."
+            f"`{key}` must have the checkpoint's vocab_size ({checkpoint.config.vocab_size}), but "
+            f"{path} has {original.config.vocab_size}."
         )
+    return original
+
+
+def open_original(config: Config, checkpoint: Checkpoint) -> Checkpoint | None:
+    """Where the unquantized weights are: where the task's key says, or in the source that is
+    quantized here; None where nothing is quantized, or a prepared directory has no others."""
+    name = named_original(config)
+    if name is not None:
+        return open_checkpoint(Path(name), model_overrides(config))
+    quantizes = config.quant.scheme() != QuantScheme()
+    return checkpoint if quantizes and checkpoint.prepared_size is None else None
 
 
 def check_gpus(config: Config, resolved: Resolved, environment: WorkerEnvironment) -> None:

@@ -53,7 +53,7 @@ def _key(default: Any, text: str, rule: Rule | None = None) -> Any:
 class TaskSection:
     """Which task runs."""
 
-    name: str = _key("generate", "generate, prepare, plan, verify, bench or env")
+    name: str = _key("generate", "generate, prepare, plan, verify, eval, bench or env")
 
 
 @dataclass
@@ -210,6 +210,36 @@ class VerifySection:
 
 
 @dataclass
+class EvalSection:
+    """What `eval` measures, and how; the demo model has a text and questions of its own."""
+
+    original: str | None = _key(None, "the unquantized checkpoint of a prepared quantized one")
+    text: str | None = _key(None, "a text file whose perplexity is measured; - is stdin")
+    window: int | None = _key(
+        None, "tokens of a window; null: the context, at most 2048", _at_least(2)
+    )
+    stride: int | None = _key(
+        None, "tokens from one window to the next; null: half a window", _at_least(1)
+    )
+    questions: str | None = _key(
+        None, ".jsonl of question, passage and answer (true, false), as BoolQ's; - is stdin"
+    )
+    max_questions: int | None = _key(None, "the first of them alone; null: all", _at_least(1))
+    template: str | None = _key(
+        None,
+        "the prompt, with {passage} and {question}; null: lm-evaluation-harness's, or the demo's own",
+    )
+    choices: list[str] = _key(
+        [" yes", " no"],
+        "what follows the prompt, for true and for false",
+        Rule(
+            lambda words: len(words) == 2 and all(words) and words[0] != words[1],
+            "two different texts, for true and for false",
+        ),
+    )
+
+
+@dataclass
 class BenchSection:
     """What `bench` measures: each batch size with each prompt length, at each size of `tp`."""
 
@@ -242,6 +272,7 @@ class Config:
     generation: GenerationSection = field(default_factory=GenerationSection)
     plan: PlanSection = field(default_factory=PlanSection)
     verify: VerifySection = field(default_factory=VerifySection)
+    eval: EvalSection = field(default_factory=EvalSection)
     bench: BenchSection = field(default_factory=BenchSection)
     checkpoint: str | None = _key(
         None, "directory of the checkpoint; null: the embedded demo model"
@@ -272,10 +303,14 @@ VERBATIM = (
     "prompt",
     "run_root",
     "verify.original",
+    "eval.original",
+    "eval.text",
+    "eval.questions",
+    "eval.template",
 )
-PATHS = frozenset(VERBATIM) - {"prompt"}
+PATHS = frozenset(VERBATIM) - {"prompt", "eval.template"}
 # Text of the user's, in which `${…}` and `???` mean nothing to OmegaConf.
-TEXTS = (*VERBATIM, "prompts", "generation.stop")
+TEXTS = (*VERBATIM, "prompts", "generation.stop", "eval.choices")
 
 
 def to_yaml(config: Config) -> str:

@@ -46,6 +46,13 @@ def open_tokenizer(directory: Path) -> Tokenizer:
     )
 
 
+def num_shared(*token_ids: Sequence[int]) -> int:
+    """How many first tokens all the texts have in common."""
+    places = enumerate(zip(*token_ids, strict=False))
+    unlike = (place for place, tokens in places if len(set(tokens)) > 1)
+    return next(unlike, min(map(len, token_ids)))
+
+
 class _SentencePiece:
     def __init__(self, directory: Path) -> None:
         from sentencepiece import SentencePieceProcessor

@@ -10,6 +10,7 @@ from launcher.failures import USER_ERRORS, ConfigError
 from launcher.job import Job, first_difference
 from launcher.ranks.arrival import wait_for
 from launcher.ranks.deadline import Deadline
+from launcher.ranks.long_text import get_text, set_text
 from launcher.ranks.member import Member
 from launcher.run_dir import RunDir
 
@@ -39,15 +40,15 @@ def agree(member: Member, make_job: JobMaker, deadline: Deadline) -> tuple[Job, 
     problem = problem or _compare(member, job, deadline)
     _exchange_verdicts(member, problem, deadline)
     run_dir = RunDir(Path(member.store.get("run_dir").decode()))
-    texts = (member.store.get(f"job/{part}").decode() for part in ("config", "prompts"))
-    return Job.from_texts(*texts), run_dir
+    config_text = member.store.get("job/config").decode()
+    return Job.from_texts(config_text, get_text(member.store, "job/prompts")), run_dir
 
 
 def _publish(member: Member, job: Job) -> None:
     run_dir = RunDir.create(job)
     member.store.set("run_dir", str(run_dir.path))
     member.store.set("job/config", job.config_text())
-    member.store.set("job/prompts", job.prompts_text())
+    set_text(member.store, "job/prompts", job.prompts_text())
     member.store.set("job/0", "published")
 
 

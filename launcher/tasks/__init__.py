@@ -31,13 +31,24 @@ TASKS = {
         "single against parallel, quantized against original",
         ("verify", "generation", "quant", "parallel", "model"),
     ),
+    "eval": (
+        "perplexity and yes/no accuracy, of the original and the quantized model",
+        (
+            "eval",
+            "quant",
+            "parallel",
+            "model",
+            "generation.prefill_chunk",
+            "generation.max_num_seqs",
+        ),
+    ),
     "bench": (
         "tokens a second, bytes a second, communication and memory, of a checkpoint or a shape",
         ("bench", "quant", "parallel", "model", "generation.prefill_chunk"),
     ),
     "env": ("what this process sees: launcher, rank, devices", ("parallel",)),
 }
-RANK_TASKS = ("generate", "verify", "bench")
+RANK_TASKS = ("generate", "verify", "eval", "bench")
 _SECTIONS = {key.partition(".")[0] for _, keys in TASKS.values() for key in keys}
 # Keys that only these tasks read, of sections that others read as well.
 _READERS = {

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import threading
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from launcher.host.bandwidth import measure_group_bandwidth
 from launcher.host.load import LoadMark, other_cores
 from launcher.host.memory import peak_bytes, reset_peak
 from launcher.job import Job, Prompt
+from launcher.progress import open_bar
 from launcher.ranks.rank import Rank
 from launcher.resolve import is_shape_alone, open_job
 from launcher.tasks.bench_case import Phase, Runner
@@ -214,15 +214,13 @@ def _gather_phase(rank: Rank, phase: Phase) -> Run:
 
 
 def _progress(rank: Rank) -> tqdm[Any]:
-    # tqdm's own lock is a semaphore of the system, which a killed rank would leave behind.
-    tqdm.set_lock(threading.RLock())
     section = rank.job.config.bench
-    return tqdm(
+    return open_bar(
+        rank.console,
+        is_shown=rank.group.rank == 0,
         total=len(list(cases(rank.job.config))) * (section.warmup + section.repeats),
         desc=f"tp={rank.job.tp}",
         unit="run",
-        file=rank.console,
-        disable=rank.group.rank != 0 or not rank.console.isatty(),
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import resource
 import sys
-import threading
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from launcher.host.device import resolve_dtype
 from launcher.job import Job, Prompt
+from launcher.progress import open_bar
 from launcher.ranks.rank import Rank
 from launcher.resolve import model_overrides
 from launcher.schema import GenerationSection
@@ -62,13 +62,19 @@ def _say_dtype(rank: Rank, checkpoint: Checkpoint, decoder: Decoder) -> None:
 
 
 def open_decoder(
-    rank: Rank, checkpoint: Checkpoint, group: Group, scheme: QuantScheme | None = None
+    rank: Rank,
+    checkpoint: Checkpoint,
+    group: Group,
+    scheme: QuantScheme | None = None,
+    *,
+    max_length: int | None = None,
 ) -> tuple[Decoder, LoadTimings]:
     """This rank's part of the model, from a prepared directory or sharded on the fly.
 
     Args:
         group: the ranks that share the model; not always all ranks of the job.
         scheme: in place of the job's.
+        max_length: the longest sequence; None: the longest prompt with its answer.
     """
     config = rank.job.config
     layout = checkpoint.layout(
@@ -82,7 +88,7 @@ def open_decoder(
             group,
             dtype,
             rank.device,
-            max_length=cache_length(rank.job.prompts),
+            max_length=max_length or cache_length(rank.job.prompts),
             kernel=open_kernel(config.kernel),
             exact_sums=config.parallel.exact_sums,
             on_bytes=bar.update,
@@ -91,17 +97,15 @@ def open_decoder(
 
 def _loading_bar(rank: Rank, num_bytes: int) -> tqdm[Any]:
     """Progress of loading on rank 0's console, gone when it is done."""
-    # tqdm's own lock is a semaphore of the system, which a killed rank would leave behind.
-    tqdm.set_lock(threading.RLock())
-    is_shown = rank.group.rank == 0 and rank.console.isatty()
-    return tqdm(
+    is_shown = rank.group.rank == 0
+    return open_bar(
+        rank.console,
+        is_shown=is_shown,
         total=num_bytes,
         unit="B",
         unit_scale=True,
         desc="loading",
-        file=rank.console,
         leave=False,
-        disable=not is_shown,
     )
 
 
@@ -155,13 +159,11 @@ class ResultWriter:
         self._streams: dict[int, TextStream] = {}
         self._grows = len(job.prompts) == 1
         self._file: TextIO = rank.run_dir.result.open("w", encoding="utf-8")
-        # tqdm's own lock is a semaphore of the system, which a killed rank would leave behind.
-        tqdm.set_lock(threading.RLock())
-        self._bar = tqdm(
+        self._bar = open_bar(
+            rank.console,
+            is_shown=not self._grows,
             total=sum(item.max_new_tokens for item in job.prompts),
             unit="token",
-            file=rank.console,
-            disable=self._grows or not rank.console.isatty(),
         )
         if self._grows:
             _print(f"'text_generation_text': [{job.prompts[0].text}")

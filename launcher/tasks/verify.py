@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from launcher.failures import RunError
 from launcher.job import Job, Prompt
 from launcher.ranks.rank import Rank
-from launcher.resolve import model_overrides
+from launcher.resolve import model_overrides, open_original
 from launcher.tasks.generate import cache_length, make_loop, open_decoder, requests
 from parallel.checkpoint.open import Checkpoint, open_checkpoint
 from parallel.generation.score import score
@@ -97,12 +96,8 @@ def _run_alone(rank: Rank, checkpoint: Checkpoint, scheme: QuantScheme, texts: A
 
 def _original(rank: Rank, checkpoint: Checkpoint, texts: Answers) -> _Run | None:
     """The unquantized model: named by `verify.original`, or the source that is quantized here."""
-    config = rank.job.config
-    if config.verify.original is not None:
-        checkpoint = open_checkpoint(Path(config.verify.original), model_overrides(config))
-    elif not config.quant.scheme().quantizes_weights or checkpoint.prepared_size is not None:
-        return None
-    return _run_alone(rank, checkpoint, QuantScheme(), texts)
+    original = open_original(rank.job.config, checkpoint)
+    return None if original is None else _run_alone(rank, original, QuantScheme(), texts)
 
 
 def _answers(job: Job, checkpoint: Checkpoint, decoder: Decoder) -> Answers:
