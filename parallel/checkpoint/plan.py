@@ -64,7 +64,7 @@ def plan_rank(layout: Layout, tp: int, workload: Workload) -> RankPlan:
     Raises:
         ModelError: the heads cannot be dealt out to `tp` ranks.
     """
-    layout.config.check_tp(tp)
+    layout.check_tp(tp)
     rank = max(range(tp), key=lambda rank: layout.rank_bytes(rank, tp, workload.dtype))
     linear, embedding, other = _weights_by_kind(layout, rank, tp, workload.dtype)
     kv_cache = kv_cache_bytes(layout.config, tp, workload)
@@ -110,10 +110,10 @@ def temporary_bytes(config: ModelConfig, tp: int, workload: Workload) -> int:
     return stream + wide + mask + logits
 
 
-def unsupported_reason(config: ModelConfig, tp: int) -> str | None:
+def unsupported_reason(layout: Layout, tp: int) -> str | None:
     """Why a size does not work, in a sentence, or None."""
     try:
-        config.check_tp(tp)
+        layout.check_tp(tp)
     except ModelError as error:
         return str(error)
     return None
