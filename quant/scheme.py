@@ -105,7 +105,7 @@ class QuantScheme:
         known = {item.name for item in fields(cls)}
         for key in values:
             if key not in known:
-                raise QuantError(f"`quant.{key}` is not a key; {nearest(key, known)}.")
+                raise QuantError(f"`quant.{key}` is not a key; {nearest(key, known)}")
         values = {**values, **{key: _tuple(values, key) for key in _TUPLES if key in values}}
         if type(values.get("group_size")) is int and values["group_size"] == 0:
             values["group_size"] = None  # Golden Stick's word for none
@@ -226,7 +226,7 @@ def _fields(policy: object) -> dict[str, Any]:
         if key not in POLICY_FIELDS:
             raise QuantError(
                 f"`quant.layer_policies`, {policy['pattern']!r}: {key!r} is no key of a policy; "
-                f"{nearest(str(key), POLICY_FIELDS)}."
+                f"{nearest(str(key), POLICY_FIELDS)}"
             )
     if not said:
         raise QuantError(

@@ -75,9 +75,9 @@ def check_scheme(scheme: QuantScheme) -> None:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`did you mean …?`, or the whole list."""
+    """The end of a sentence: `did you mean …?`, or the whole list."""
     close = get_close_matches(word.replace("-", ""), list(known), n=1, cutoff=0.3)
-    return f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}."
 
 
 def _check_choice(name: str, value: object, allowed: tuple[str | None, ...]) -> None:
@@ -86,7 +86,7 @@ def _check_choice(name: str, value: object, allowed: tuple[str | None, ...]) -> 
     names = [str(item) for item in allowed if item is not None]
     shown = ", ".join(["null" if item is None else item for item in allowed])
     raise QuantError(
-        f"`quant.{name}` must be one of {shown}, but is {value!r}; {nearest(str(value), names)}."
+        f"`quant.{name}` must be one of {shown}, but is {value!r}; {nearest(str(value), names)}"
     )
 
 
@@ -113,7 +113,7 @@ def _check_method(scheme: QuantScheme) -> None:
     if scheme.quant_method is None and any(targets):
         raise QuantError(
             "`quant.quant_method` must be rtn where a quant dtype is set, but is null; "
-            "write quant=rtn_a16w8."
+            "write quant=rtn_a16w8, or quant.quant_method=rtn."
         )
     if scheme.quant_method is not None and not any(targets) and not scheme.layer_policies:
         raise QuantError(

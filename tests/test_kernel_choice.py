@@ -70,6 +70,19 @@ def test_fallback_is_said_with_its_reason():
 
 
 @pytest.mark.usefixtures("found")
+def test_schemes_without_a_product_of_their_own_are_said_to_take_the_reference():
+    chosen, notes = choose_kernel(config(), ["w4a16 g128"])
+    assert chosen.kernel == "reference"
+    assert notes == (
+        "w4a16 g128 products take the slow reference path (native: it has none for them)",
+    )
+    chosen, notes = choose_kernel(config(), ["w4a16 g128", "w8a8"])
+    assert chosen.kernel == "native"
+    assert "w4a16 g128 products take the slow reference path" in notes[-1]
+    assert choose_kernel(config(kernel="reference"), ["w4a16", "w8a8"])[1] == ()
+
+
+@pytest.mark.usefixtures("found")
 @pytest.mark.parametrize(
     ("values", "labels", "words"),
     [

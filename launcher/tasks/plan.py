@@ -113,13 +113,19 @@ def _print_placements(layout: Layout, tp: int) -> None:
             (
                 name,
                 _shape(first.shape),
-                " + ".join(tensor.dtype for tensor in rows[0]),
+                " + ".join(_dtype(layout, tensor) for tensor in rows[0]),
                 _placement(first, layout.config, tp),
                 _shape(index_shape(first.index(0, tp))),
                 f"{_largest_bytes(rows, tp) / 1e6:,.1f}",
             )
         )
     print_table(table)
+
+
+def _dtype(layout: Layout, tensor: StoredTensor) -> str:
+    """A weight's own: the bytes that hold two values of int4 are not what its shape counts."""
+    is_weight = tensor.name in layout.schemes
+    return layout.schemes[tensor.name].weight_dtype if is_weight else tensor.dtype
 
 
 def _largest_bytes(rows: list[list[StoredTensor]], tp: int) -> int:
