@@ -128,7 +128,7 @@ class ParallelSection:
     exact_sums: bool | None = _key(
         None,
         "add the partial sums of quantized products as integers: the same bits at every tp, for one "
-        "more small all-reduce each; null: where activations are int8",
+        "more small all-reduce each; not of grouped weights; null: where activations are int8",
     )
     pin: bool = _key(True, "bind each rank to its share of the host's cores")
     simulate_rank: int | None = _key(

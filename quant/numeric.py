@@ -147,8 +147,13 @@ def pack_int4(values_NK: Tensor) -> Tensor:
 def unpack_int4(packed: Tensor, num_columns: int) -> Tensor:
     """int8 [N, num_columns], as they were packed; each byte holds two columns."""
     assert packed.shape[1] == -(-num_columns // 2), (packed.shape, num_columns)
-    nibbles_NK = torch.stack((packed & 15, packed >> 4), dim=2).flatten(1)[:, :num_columns]
-    return ((nibbles_NK ^ 8) - 8).view(torch.int8)
+    values_NK = torch.empty(
+        len(packed), 2 * packed.shape[1], dtype=torch.int8, device=packed.device
+    )
+    # Shifts of signed numbers keep the sign.
+    values_NK[:, ::2] = (packed << 4).view(torch.int8) >> 4
+    values_NK[:, 1::2] = packed.view(torch.int8) >> 4
+    return values_NK[:, :num_columns]
 
 
 def row_blocks(weight_NK: Tensor) -> list[slice]:

@@ -1,6 +1,7 @@
 """Plain torch products, right on every processor and device; every other path is tested on these.
 
-Shapes: M rows, N out_features, K in_features, P planes, G groups of S columns, B rows of a block.
+Shapes: M rows, N out_features, K in_features, P planes, Q rows of all planes,
+G groups of S columns, B rows of a block.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class ReferenceWeight(PackedWeight):
         levels = num_levels(x_MK.dtype, self.activation_dtype)
         parts = planes(quantize_rows(x_MK, levels, amax_M)[0], levels)
         sums_PMN = self._product(torch.cat(parts)).unflatten(0, (len(parts), -1))
-        total_MN = _join_planes(sums_PMN)
+        total_MN = _join_planes(sums_PMN, torch.int64)
         if self.activation_dtype is None:
             return total_MN
         assert self.shape[1] <= MOST_INT32_COLUMNS, self.shape
@@ -93,7 +94,9 @@ class GroupedReferenceWeight(PackedWeight):
         out_MN = x_MK.new_empty(x_MK.shape[0], self.shape[0], dtype=torch.float32)
         for rows, wide_BGS in self._blocks():
             sums_GQB = x_QGS.transpose(0, 1) @ wide_BGS.permute(1, 2, 0)
-            total_GMB = _join_planes(sums_GQB.unflatten(1, (len(parts), -1)).transpose(0, 1))
+            sums_PGMB = sums_GQB.unflatten(1, (len(parts), -1)).transpose(0, 1)
+            # Below 2 ** 53, as all sums of a group are.
+            total_GMB = _join_planes(sums_PGMB, torch.float64)
             scaled_GMB = total_GMB.float() * self._scale_NG[rows].float().T.unsqueeze(1)
             out_MB = scaled_GMB[0]
             for next_MB in scaled_GMB[1:]:
@@ -147,11 +150,11 @@ def linear_wide(
     return out_MN.to(out_dtype)
 
 
-def _join_planes(sums_PMN: Tensor) -> Tensor:
-    """int64 [M, N] of the sums of each plane, the highest first: whole numbers of any dtype."""
-    total_MN = sums_PMN[0].long()
+def _join_planes(sums_PMN: Tensor, dtype: torch.dtype) -> Tensor:
+    """[M, N] of the sums of each plane, the highest first, in a dtype that holds them exactly."""
+    total_MN = sums_PMN[0].to(dtype)
     for lower_MN in sums_PMN[1:]:
-        total_MN = total_MN * RADIX + lower_MN.long()
+        total_MN.mul_(RADIX).add_(lower_MN)
     return total_MN
 
 
