@@ -45,11 +45,12 @@ def make_scheme(name):
 
 @pytest.fixture(scope="module", params=["demo", "odd"])
 def source(request, tmp_path_factory):
-    """The demo model; and one whose FFN (401) is of no whole groups or bytes, and whose heads (16
-    channels) are half a group."""
+    """The demo model; and one whose FFN (401) is of no whole groups or bytes, and whose heads (24
+    channels) begin inside a group and end in the next."""
     if request.param == "demo":
         return DEMO
-    return write_checkpoint(tmp_path_factory.mktemp("odd") / "source", intermediate_size=401)
+    folder = tmp_path_factory.mktemp("odd")
+    return write_checkpoint(folder / "source", intermediate_size=401, head_dim=24)
 
 
 @pytest.fixture(scope="module", params=SCHEMES)
