@@ -7,14 +7,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from quant.errors import QuantError
+from quant.layer_policies import check_unquantized, policy_fields
 from quant.module_patterns import match_or_refuse
 from quant.scheme_checks import check_scheme, nearest
-
-# What a policy may say of its modules.
-POLICY_FIELDS = (
-    "weight_dtype", "weight_quant_granularity", "group_size", "activation_dtype",
-    "act_quant_granularity",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -191,9 +186,10 @@ class QuantScheme:
         Raises:
             QuantError: the policy is none, or what it makes of the scheme cannot be computed.
         """
-        said = _fields(policy)
+        said = policy_fields(policy)
         if said.get("weight_dtype", self.weight_dtype) is None:
-            return _unquantized(policy, said)
+            check_unquantized(policy, said)
+            return QuantScheme()
         if said.get("weight_quant_granularity") == "per_channel":
             said.setdefault("group_size", None)  # an inherited size would contradict it
         if "activation_dtype" in said and said["activation_dtype"] is None:
@@ -212,36 +208,3 @@ def _tuple(values: Mapping[str, Any], key: str) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
         raise QuantError(f"`quant.{key}` must be a list, but is {value!r}.")
     return tuple(value)
-
-
-def _fields(policy: object) -> dict[str, Any]:
-    """What a policy says beside its pattern."""
-    if not isinstance(policy, Mapping) or not isinstance(policy.get("pattern"), str):
-        raise QuantError(
-            "`quant.layer_policies` must be a list of mappings with a pattern, as in "
-            f"[{{pattern: '*.down_proj', weight_dtype: int8}}], but holds {policy!r}."
-        )
-    said = {key: value for key, value in policy.items() if key != "pattern"}
-    for key in said:
-        if key not in POLICY_FIELDS:
-            raise QuantError(
-                f"`quant.layer_policies`, {policy['pattern']!r}: {key!r} is no key of a policy; "
-                f"{nearest(str(key), POLICY_FIELDS)}"
-            )
-    if not said:
-        raise QuantError(
-            f"`quant.layer_policies`, {policy['pattern']!r}: says nothing of its modules; "
-            f"give one of {', '.join(POLICY_FIELDS)}, or drop it."
-        )
-    return said
-
-
-def _unquantized(policy: object, said: Mapping[str, Any]) -> QuantScheme:
-    """A policy without a weight_dtype leaves its modules alone; what else it says has no effect."""
-    others = [key for key, value in said.items() if value is not None]
-    if others or "weight_dtype" not in said:
-        raise QuantError(
-            f"`quant.layer_policies`, {policy!r}: {' and '.join(others or said)} has no effect on "
-            "modules whose weight_dtype is null; set that too, or leave it out."
-        )
-    return QuantScheme()
