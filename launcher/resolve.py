@@ -59,7 +59,8 @@ def resolve(config: Config, environment: WorkerEnvironment) -> Resolved:
     is_random = is_shape_alone(config)
     config = with_tp(config if is_random else replace(config, checkpoint=str(path)), size)
     layout = checkpoint.layout(scheme, vocab_emb_dp=config.parallel.vocab_emb_dp)
-    checkpoint.config.check_tp(size)
+    layout.check_tp(size)
+    layout.check_exact_sums(config.parallel.exact_sums)
     if checkpoint.prepared_size is not None:
         config = replace(config, quant=_quant_section(layout))
     if not is_random:
@@ -107,7 +108,7 @@ def make_job(
     prompts = make_prompts(config, tokenizer, context, default)
     _check_token_ids(prompts, resolved.checkpoint)
     # Last: the first time on a machine it takes seconds, which a refusal should not.
-    config, notes = choose_kernel(resolved.config, resolved.layout.scheme.label)
+    config, notes = choose_kernel(resolved.config, resolved.layout.labels)
     return Job(config, prompts), resolved.notes + notes
 
 
@@ -183,7 +184,7 @@ def check_original(config: Config, checkpoint: Checkpoint) -> Checkpoint | None:
         return None
     path = Path(name).absolute()
     original = open_checkpoint(path, model_overrides(config), key=key)
-    if original.layout(QuantScheme()).quantized:
+    if original.layout(QuantScheme()).schemes:
         raise ConfigError(f"`{key}` must be unquantized, but {path} is not; give its source.")
     if original.config.vocab_size != checkpoint.config.vocab_size:
         raise ConfigError(

@@ -83,7 +83,7 @@ class QuantSection:
     """What is quantized; `quant=NAME` takes a preset, `quant.FIELD=…` changes a field of it."""
 
     quant_method: str | None = _key(None, "rtn, or null for none")
-    weight_dtype: str | None = _key(None, "int8 or null")
+    weight_dtype: str | None = _key(None, "int8, int4 or null")
     activation_dtype: str | None = _key(None, "null: activations stay in the compute dtype")
     kvcache_dtype: str | None = _key(None, "null: the KV cache is in the compute dtype")
     outliers_suppression: str | None = _key(None, "null")
@@ -92,11 +92,13 @@ class QuantSection:
         ["lm_head"], "patterns of modules left alone, on the whole path or the last component"
     )
     algorithm_args: dict[str, Any] = _key({}, "arguments of the method")
-    weight_quant_granularity: str = _key("per_channel", "per_channel")
-    group_size: int | None = _key(None, "null")
+    weight_quant_granularity: str = _key("per_channel", "per_channel or per_group")
+    group_size: int | None = _key(None, "32, 64 or 128 columns that share a scale, with per_group")
     act_quant_granularity: str = _key("per_token", "per_token or per_tensor")
     kvcache_quant_granularity: str = _key("per_token", "per_token or per_channel")
-    layer_policies: list[Any] = _key([], "other schemes for some layers; empty")
+    layer_policies: list[Any] = _key(
+        [], "other fields for some modules, as in [{pattern:'*.down_proj',weight_dtype:int8}]"
+    )
 
     def scheme(self) -> QuantScheme:
         """The checked scheme. Raises QuantError."""
@@ -126,7 +128,7 @@ class ParallelSection:
     exact_sums: bool | None = _key(
         None,
         "add the partial sums of quantized products as integers: the same bits at every tp, for one "
-        "more small all-reduce each; null: where activations are int8",
+        "more small all-reduce each; not of grouped weights; null: where activations are int8",
     )
     pin: bool = _key(True, "bind each rank to its share of the host's cores")
     simulate_rank: int | None = _key(

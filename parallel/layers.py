@@ -33,21 +33,19 @@ class ColumnParallelLinear:
 
 @dataclass(frozen=True)
 class ColumnParallelLinears:
-    """Linears of the same input, such as q, k and v: one product where their weights are fused.
+    """Linears of the same input, such as q, k and v, as one product.
 
     Args:
-        linears: the fused product, or each part by itself.
+        linear: the fused product.
         local_sizes: the out_features of each part on this rank.
     """
 
-    linears: tuple[ColumnParallelLinear, ...]
+    linear: ColumnParallelLinear
     local_sizes: tuple[int, ...]
 
     def __call__(self, x_MK: Tensor) -> Tensor:
         """[M, sum of the local sizes]: the parts side by side."""
-        if len(self.linears) == 1:
-            return self.linears[0](x_MK)
-        return torch.cat([linear(x_MK) for linear in self.linears], dim=1)
+        return self.linear(x_MK)
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,9 @@ class RowParallelLinear:
         exact_sums: partial sums of a quantized weight leave as integers, of activations that were
             scaled by the whole row: the result is bit for bit that of one rank. It costs a further
             small all-reduce, of the rows' largest values. None: where activations are int8, whose
-            rounding would otherwise differ from one number of ranks to the next.
+            rounding would otherwise differ from one number of ranks to the next. Of grouped weights
+            int8 activations are scaled by the whole row too, but what leaves are float32 sums of
+            scaled groups, added in rank order; never true there.
     """
 
     local_weight: ReadyWeight
@@ -71,15 +71,18 @@ class RowParallelLinear:
     def __call__(self, local_x_MK: Tensor) -> Tensor:
         if self.group.size == 1:
             return linear(local_x_MK, self.local_weight, self.bias)
-        if isinstance(self.local_weight, PackedWeight) and self._is_exact(self.local_weight):
-            return self._sum_exactly(local_x_MK, self.local_weight)
+        if isinstance(self.local_weight, PackedWeight) and self._scales_whole_rows(
+            self.local_weight
+        ):
+            return self._sum_of_whole_rows(local_x_MK, self.local_weight)
         partial_MN = linear(local_x_MK, self.local_weight, wide=True)
         return round_sums(self.group.all_reduce(partial_MN), self.bias, local_x_MK.dtype)
 
-    def _is_exact(self, weight: PackedWeight) -> bool:
+    def _scales_whole_rows(self, weight: PackedWeight) -> bool:
+        assert not (self.exact_sums and weight.group_size), "sums of groups are no integers"
         return weight.activation_dtype == "int8" if self.exact_sums is None else self.exact_sums
 
-    def _sum_exactly(self, local_x_MK: Tensor, weight: PackedWeight) -> Tensor:
+    def _sum_of_whole_rows(self, local_x_MK: Tensor, weight: PackedWeight) -> Tensor:
         assert weight.shape[1] * self.group.size <= MOST_INT32_COLUMNS or (
             weight.activation_dtype is None
         ), "the integer sums would not fit"

@@ -83,7 +83,7 @@ def load_decoder(
     start = time.perf_counter()
     loader = _Loader(layout, source, group, dtype, device, kernel or ReferenceKernel())
     timings = LoadTimings(num_threads=num_threads or torch.get_num_threads())
-    wanted = parameters(layout.table, layout.quantized)
+    wanted = parameters(layout.table)
     weights: dict[str, ReadyWeight] = {}
     for loaded in _in_threads(loader, wanted, timings.num_threads):
         weights[loaded.name] = loaded.weight

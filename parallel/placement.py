@@ -40,9 +40,13 @@ class Split:
     unit: int = 1
 
     def index(self, shape: Shape, rank: int, size: int) -> Index:
-        num_units = -(-shape[self.dim] // self.unit)
+        num_units = self.num_units(shape)
         start, stop = (num_units * r // size * self.unit for r in (rank, rank + 1))
         return _cut(shape, self.dim, start, stop)
+
+    def num_units(self, shape: Shape) -> int:
+        """As many ranks, at most, hold something."""
+        return -(-shape[self.dim] // self.unit)
 
     def __str__(self) -> str:
         return f"split(dim={self.dim})"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quant.kernels.floats import linear_float
-from quant.kernels.reference import ReferenceWeight
+from quant.kernels.reference import ReferenceKernel
 from quant.weight import PackedWeight, QuantizedWeight, ReadyWeight
 
 
@@ -27,7 +27,7 @@ def linear(
     """
     out_dtype = torch.float32 if wide else x_MK.dtype
     if isinstance(weight, QuantizedWeight):
-        weight = ReferenceWeight(weight)
+        weight = ReferenceKernel().pack(weight)
     if isinstance(weight, PackedWeight):
         return weight.linear(x_MK, bias_N, out_dtype)
     return linear_float(x_MK, weight, bias_N, out_dtype)

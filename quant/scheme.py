@@ -3,31 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from quant.errors import QuantError
+from quant.layer_policies import check_unquantized, policy_fields
+from quant.module_patterns import match_or_refuse
+from quant.scheme_checks import check_scheme, nearest
 
-ALLOWED: Mapping[str, tuple[str | None, ...]] = {
-    "quant_method": (None, "rtn", "smooth_quant", "ptq"),
-    "weight_dtype": (None, "int8", "int4"),
-    "activation_dtype": (None, "int8"),
-    "kvcache_dtype": (None, "int8"),
-    "outliers_suppression": (None, "smooth", "awq"),
-    "precision_recovery": (None, "gptq"),
-    "weight_quant_granularity": ("per_channel", "per_group"),
-    "act_quant_granularity": ("per_tensor", "per_token"),
-    "kvcache_quant_granularity": ("per_channel", "per_token"),
-}
 
-# Names that mean one thing in MindFormers' files and another word in a Hugging Face checkpoint.
-MINDFORMERS_MODULES: Mapping[str, str] = {
-    "wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj",
-    "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj",
-    "attention": "self_attn", "feed_forward": "mlp",
-}  # fmt: skip
+@dataclass(frozen=True)
+class LinearScheme:
+    """How one linear is quantized.
+
+    Attributes:
+        weight_dtype: int8 or int4.
+        group_size: columns that share a scale; None: a whole row does.
+        activation_dtype: int8 where the product quantizes its activations too, else None.
+        act_granularity: per_token (each row by itself, dynamic) or per_tensor (static).
+    """
+
+    weight_dtype: str
+    group_size: int | None = None
+    activation_dtype: str | None = None
+    act_granularity: str = "per_token"
+
+    @property
+    def bits(self) -> int:
+        return 8 // self.values_per_byte
+
+    @property
+    def values_per_byte(self) -> int:
+        """How many columns a byte holds where the weight is stored."""
+        return {"int8": 1, "int4": 2}[self.weight_dtype]
+
+    @property
+    def label(self) -> str:
+        """The field's short name: `w8a16`, `w8a8`, `w4a16`, `w4a16 g128`."""
+        name = f"w{self.bits}a{'16' if self.activation_dtype is None else '8'}"
+        return name if self.group_size is None else f"{name} g{self.group_size}"
 
 
 @dataclass(frozen=True)
@@ -53,23 +67,24 @@ class QuantScheme:
     layer_policies: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        for name, allowed in ALLOWED.items():
-            _check_choice(name, getattr(self, name), allowed)
-        _check_types(self)
-        _check_method(self)
-        _check_effects(self)
-        _check_supported(self)
+        check_scheme(self)
+        for policy in self.layer_policies:
+            self._under(policy)
 
     @property
     def quantizes_weights(self) -> bool:
-        return self.weight_dtype is not None
+        return self.weight_dtype is not None or any(
+            policy.get("weight_dtype") is not None for policy in self.layer_policies
+        )
 
     @property
     def label(self) -> str:
-        """The field's short name of the scheme: `w8a16`, `w8a8`, or `none`."""
-        if self.weight_dtype is None:
+        """The field's short name of the scheme, such as `w4a16 g128`; `none`; `mixed` with policies."""
+        if not self.quantizes_weights:
             return "none"
-        return "w8a8" if self.activation_dtype == "int8" else "w8a16"
+        base = self._linear()
+        parts = [base.label] if base else []
+        return " ".join([*parts, "mixed"] if self.layer_policies else parts)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON and YAML values; `from_dict` of the result is equal to this scheme."""
@@ -85,8 +100,36 @@ class QuantScheme:
         known = {item.name for item in fields(cls)}
         for key in values:
             if key not in known:
-                raise QuantError(f"`quant.{key}` is not a key; {_nearest(key, known)}.")
-        return cls(**{**values, **{key: _tuple(values, key) for key in _TUPLES if key in values}})
+                raise QuantError(f"`quant.{key}` is not a key; {nearest(key, known)}")
+        values = {**values, **{key: _tuple(values, key) for key in _TUPLES if key in values}}
+        if type(values.get("group_size")) is int and values["group_size"] == 0:
+            values["group_size"] = None  # Golden Stick's word for none
+        return cls(**values)
+
+    def for_modules(self, modules: Iterable[str]) -> dict[str, LinearScheme | None]:
+        """The scheme of each module, in their order; None: it is left unquantized.
+
+        `modules_to_not_convert` comes first, then the first policy whose pattern matches, then the
+        scheme itself.
+
+        Raises:
+            QuantError: a pattern that decides of no module, or that nothing would be quantized.
+        """
+        modules = tuple(modules)
+        if not self.quantizes_weights:
+            return dict.fromkeys(modules)
+        left_out = self.left_out(modules)
+        found: dict[str, LinearScheme | None] = dict.fromkeys(left_out)
+        for place, policy in enumerate(self.layer_policies):
+            found |= self._decided(place, policy, modules, found, left_out)
+        rest = self._linear()
+        schemes = {name: found.get(name, rest) for name in modules}
+        if not any(schemes.values()):
+            raise QuantError(
+                "`quant` would leave every module unquantized; drop a pattern of "
+                "quant.modules_to_not_convert or quant.layer_policies, or write quant=none."
+            )
+        return schemes
 
     def left_out(self, modules: Iterable[str]) -> frozenset[str]:
         """The modules that `modules_to_not_convert` leaves unquantized.
@@ -97,10 +140,7 @@ class QuantScheme:
         modules = tuple(modules)
         matched: set[str] = set()
         for pattern in self.modules_to_not_convert:
-            hits = {name for name in modules if _matches(name, pattern)}
-            if not hits:
-                raise QuantError(_no_match(pattern, modules))
-            matched |= hits
+            matched |= match_or_refuse("modules_to_not_convert", pattern, modules)
         if len(matched) == len(modules):
             raise QuantError(
                 f"`quant.modules_to_not_convert` matches every module with "
@@ -108,6 +148,56 @@ class QuantScheme:
                 "pattern, or write quant=none."
             )
         return frozenset(matched)
+
+    def _decided(
+        self,
+        place: int,
+        policy: Mapping[str, Any],
+        modules: tuple[str, ...],
+        before: Mapping[str, LinearScheme | None],
+        left_out: frozenset[str],
+    ) -> dict[str, LinearScheme | None]:
+        """The modules of which this policy is the first to decide."""
+        key, pattern = f"layer_policies[{place}]", policy["pattern"]
+        hits = match_or_refuse(key, pattern, modules)
+        if hits <= left_out:
+            raise QuantError(
+                f"`quant.{key}` has the pattern {pattern!r}, all of whose modules "
+                "quant.modules_to_not_convert leaves unquantized; drop them there, or drop the policy."
+            )
+        if hits <= before.keys():
+            raise QuantError(
+                f"`quant.{key}` has the pattern {pattern!r}, all of whose modules an earlier policy "
+                "takes (the first match wins); put it before that one, or drop it."
+            )
+        return dict.fromkeys(hits - before.keys(), self._under(policy)._linear())
+
+    def _linear(self) -> LinearScheme | None:
+        """The scheme of a module that nothing else is said of."""
+        if self.weight_dtype is None:
+            return None
+        return LinearScheme(
+            self.weight_dtype, self.group_size, self.activation_dtype, self.act_quant_granularity
+        )
+
+    def _under(self, policy: object) -> QuantScheme:
+        """The scheme with a policy's fields in place of its own: checked as any other is.
+
+        Raises:
+            QuantError: the policy is none, or what it makes of the scheme cannot be computed.
+        """
+        said = policy_fields(policy)
+        if said.get("weight_dtype", self.weight_dtype) is None:
+            check_unquantized(policy, said)
+            return QuantScheme()
+        if said.get("weight_quant_granularity") == "per_channel":
+            said.setdefault("group_size", None)  # an inherited size would contradict it
+        if "activation_dtype" in said and said["activation_dtype"] is None:
+            said.setdefault("act_quant_granularity", "per_token")
+        try:
+            return replace(self, **said, layer_policies=())
+        except QuantError as error:
+            raise QuantError(f"`quant.layer_policies`, {policy!r}: {error}") from error
 
 
 _TUPLES = ("modules_to_not_convert", "layer_policies")
@@ -118,112 +208,3 @@ def _tuple(values: Mapping[str, Any], key: str) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
         raise QuantError(f"`quant.{key}` must be a list, but is {value!r}.")
     return tuple(value)
-
-
-def translate_mindformers(pattern: str) -> str:
-    """`w2` -> `down_proj`, `model.layers.0.attention.wo` -> `model.layers.0.self_attn.o_proj`."""
-    return ".".join(MINDFORMERS_MODULES.get(part, part) for part in pattern.split("."))
-
-
-def _matches(name: str, pattern: str) -> bool:
-    pattern = translate_mindformers(pattern)
-    return fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[2], pattern)
-
-
-def _no_match(pattern: str, modules: tuple[str, ...]) -> str:
-    last_components = sorted({name.rpartition(".")[2] for name in modules})
-    return (
-        f"`quant.modules_to_not_convert` has the pattern {pattern!r}, which matches no module; "
-        f"write a module path or one of {', '.join(last_components)}."
-    )
-
-
-def _check_choice(name: str, value: object, allowed: tuple[str | None, ...]) -> None:
-    if value in allowed:
-        return
-    names = [str(item) for item in allowed if item is not None]
-    shown = ", ".join(["null" if item is None else item for item in allowed])
-    raise QuantError(
-        f"`quant.{name}` must be one of {shown}, but is {value!r}; {_nearest(str(value), names)}."
-    )
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    close = get_close_matches(word.replace("-", ""), list(known), n=1, cutoff=0.3)
-    return f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
-
-
-def _check_types(scheme: QuantScheme) -> None:
-    """What a manifest or a YAML file may hold where the command line's schema does not look."""
-    patterns, arguments = scheme.modules_to_not_convert, scheme.algorithm_args
-    if not all(isinstance(pattern, str) for pattern in patterns):
-        raise QuantError(
-            f"`quant.modules_to_not_convert` must be a list of patterns, but is {list(patterns)!r}."
-        )
-    if not isinstance(arguments, Mapping):
-        raise QuantError(f"`quant.algorithm_args` must be a mapping, but is {arguments!r}.")
-
-
-# A field that has no effect unless another one is set: refused, or its user would not know.
-_NEEDS: Mapping[str, str] = {
-    "modules_to_not_convert": "quant_method",
-    "algorithm_args": "quant_method",
-    "activation_dtype": "weight_dtype",
-    "act_quant_granularity": "activation_dtype",
-    "kvcache_quant_granularity": "kvcache_dtype",
-}
-
-
-def _check_effects(scheme: QuantScheme) -> None:
-    defaults = {item.name: item.default for item in fields(scheme)}
-    for name, needed in _NEEDS.items():
-        value = getattr(scheme, name)
-        is_set = bool(value) if defaults[name] is MISSING else value != defaults[name]
-        if is_set and getattr(scheme, needed) is None:
-            shown = list(value) if isinstance(value, tuple) else value
-            raise QuantError(
-                f"`quant.{name}` is {shown!r}, which has no effect while quant.{needed} is null; "
-                f"set quant.{needed} too, or leave it out."
-            )
-
-
-def _check_method(scheme: QuantScheme) -> None:
-    """A method that has nothing to quantize, or something to quantize without a method, is refused."""
-    targets = (scheme.weight_dtype, scheme.activation_dtype, scheme.kvcache_dtype)
-    if scheme.quant_method is None and any(targets):
-        raise QuantError(
-            "`quant.quant_method` must be rtn where a quant dtype is set, but is null; "
-            "write quant=rtn_a16w8."
-        )
-    if scheme.quant_method is not None and not any(targets):
-        raise QuantError(
-            f"`quant.quant_method` is {scheme.quant_method}, but weight_dtype, activation_dtype and "
-            "kvcache_dtype are all null, so nothing would be quantized; set one, or write quant=none."
-        )
-
-
-# What can be computed today. Each entry: the field, the values that run, what to write instead.
-_SUPPORTED: tuple[tuple[str, tuple[Any, ...]], ...] = (
-    ("quant_method", (None, "rtn")),
-    ("weight_dtype", (None, "int8")),
-    ("activation_dtype", (None, "int8")),
-    ("act_quant_granularity", ("per_token",)),
-    ("kvcache_dtype", (None,)),
-    ("outliers_suppression", (None,)),
-    ("precision_recovery", (None,)),
-    ("weight_quant_granularity", ("per_channel",)),
-    ("group_size", (None, 0)),
-    ("algorithm_args", ({},)),
-    ("layer_policies", ((),)),
-)
-
-
-def _check_supported(scheme: QuantScheme) -> None:
-    for name, values in _SUPPORTED:
-        value = getattr(scheme, name)
-        if value not in values:
-            raise QuantError(
-                f"`quant.{name}` = {value!r} cannot be run by this version, which quantizes weights "
-                "to int8 per channel (quant=rtn_a16w8), and activations per token (rtn_a8w8); nothing "
-                "is left out silently, so it stops here."
-            )

@@ -147,9 +147,9 @@ def products(decoder: model.Decoder) -> Iterator[tuple[str, ReadyWeight]]:
     """Every product of a step and its weight."""
     for layer in decoder.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        yield from (("qkv product", item.local_weight) for item in attention.qkv_proj.linears)
+        yield "qkv product", attention.qkv_proj.linear.local_weight
         yield "o_proj product", attention.o_proj.local_weight
-        yield from (("gate-up product", item.local_weight) for item in mlp.gate_up_proj.linears)
+        yield "gate-up product", mlp.gate_up_proj.linear.local_weight
         yield "down product", mlp.down_proj.local_weight
     yield "lm_head product", decoder.lm_head.local_weight
 

@@ -193,7 +193,7 @@ DAMAGED = [
          (*PREPARE, "quant.modules_to_not_convert=['*']"), ("modules_to_not_convert", "'*'")),
     case("pattern while nothing is quantized",
          (*GENERATE, "quant.modules_to_not_convert=[w2]"), ("modules_to_not_convert", "no effect")),
-    case("scheme of a later version", (*PREPARE, "quant.weight_dtype=int4"), ("'int4'",)),
+    case("scheme of a later version", (*PREPARE, "quant.weight_dtype=int2"), ("'int2'",)),
     case("original that is not there", ("verify", *GENERATE[1:], "verify.original=/no/such"),
          ("`verify.original`", "/no/such")),
     case("prompt beyond the context", prompts("prompt=" + "word " * 500), ("prompt 0", "128")),

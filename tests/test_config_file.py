@@ -182,6 +182,7 @@ def test_a_run_yaml_composes_to_the_configuration_it_was_written_from(tmp_path: 
             "quant=rtn_a16w8",
             "quant.algorithm_args={}",
             "quant.modules_to_not_convert=[lm_head,'*.down_proj']",
+            "quant.layer_policies=[{pattern:'*.0.*',weight_dtype:null},{pattern:wo,group_size:32}]",
             "parallel.tp=4",
             "prompts=['one, two','${x} = 3']",
             "model.rope_scaling={rope_type:linear,factor:2.0}",

@@ -55,7 +55,7 @@ def test_fastest_of_those_that_work_is_taken():
 
 @pytest.mark.usefixtures("found")
 def test_choice_is_recorded_and_slowness_is_said():
-    chosen, notes = choose_kernel(config(), "w8a16")
+    chosen, notes = choose_kernel(config(), ("w8a16",))
     assert chosen.kernel == "native"
     assert notes == ("w8a16 is slower than bfloat16 weights here for 128 rows at once",)
     assert slower_than_bfloat16(survey(), "native", "w8a16") == [128]
@@ -64,23 +64,37 @@ def test_choice_is_recorded_and_slowness_is_said():
 @pytest.mark.parametrize("found", [{"native": "not compiled: no C compiler"}], indirect=True)
 @pytest.mark.usefixtures("found")
 def test_fallback_is_said_with_its_reason():
-    chosen, notes = choose_kernel(config(), "w8a8")
+    chosen, notes = choose_kernel(config(), ("w8a8",))
     assert chosen.kernel == "reference"
     assert "no C compiler" in notes[0]
 
 
 @pytest.mark.usefixtures("found")
+def test_schemes_without_a_product_of_their_own_are_said_to_take_the_reference():
+    chosen, notes = choose_kernel(config(), ["w4a16 g128"])
+    assert chosen.kernel == "reference"
+    assert notes == (
+        "w4a16 g128 products take the slow reference path (native: it has none for them)",
+    )
+    chosen, notes = choose_kernel(config(), ["w4a16 g128", "w8a8"])
+    assert chosen.kernel == "native"
+    assert "w4a16 g128 products take the slow reference path" in notes[-1]
+    assert choose_kernel(config(kernel="reference"), ["w4a16", "w8a8"])[1] == ()
+
+
+@pytest.mark.usefixtures("found")
 @pytest.mark.parametrize(
-    ("values", "scheme", "words"),
+    ("values", "labels", "words"),
     [
-        ({"kernel": "onednn"}, "w8a8", "saturate"),
-        ({"kernel": "native"}, "none", "no effect"),
-        ({"kernel": "native", "device": "cuda"}, "w8a8", "CPUs only"),
+        ({"kernel": "onednn"}, ["w8a8"], "saturate"),
+        ({"kernel": "native"}, [], "no effect"),
+        ({"kernel": "native"}, ["w4a16 g128"], "no product for w4a16 g128"),
+        ({"kernel": "native", "device": "cuda"}, ["w8a8"], "CPUs only"),
     ],
 )
-def test_kernel_that_cannot_be_is_refused(values, scheme, words):
+def test_kernel_that_cannot_be_is_refused(values, labels, words):
     with pytest.raises(ConfigError, match=words):
-        choose_kernel(config(**values), scheme)
+        choose_kernel(config(**values), labels)
 
 
 def test_misspelled_kernel_is_refused():
@@ -90,16 +104,16 @@ def test_misspelled_kernel_is_refused():
 
 @pytest.mark.usefixtures("found")
 def test_gpus_take_the_path_of_torch():
-    assert choose_kernel(config(device="cuda"), "w8a16")[0].kernel == "reference"
+    assert choose_kernel(config(device="cuda"), ("w8a16",))[0].kernel == "reference"
 
 
 def test_gpu_that_torch_cannot_use_changes_nothing(monkeypatch):
     """A GPU in the host, and the wheel of torch that computes on CPUs only."""
     monkeypatch.setattr(kernels, "count_gpus", lambda: 1)
     monkeypatch.setattr(kernels, "survey", survey)
-    assert choose_kernel(config(), "w8a16")[0].kernel == "native"
+    assert choose_kernel(config(), ("w8a16",))[0].kernel == "native"
     monkeypatch.setattr(kernels, "survey", lambda: {**survey(), "computes_on_gpus": True})
-    assert choose_kernel(config(), "w8a16")[0].kernel == "reference"
+    assert choose_kernel(config(), ("w8a16",))[0].kernel == "reference"
 
 
 def test_other_ranks_leave_the_choice_to_rank_0():

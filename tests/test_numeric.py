@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from quant.linear import linear
-from quant.numeric import channel_scale, dequantize, quantize_per_channel
+from quant.numeric import Grid, dequantize, quantize, weight_scale
 from quant.scheme import QuantError, QuantScheme
 from quant.weight import QuantizedWeight
 
+INT8 = Grid()
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -20,7 +21,7 @@ def random_weight(rows: int = 33, columns: int = 70, dtype: torch.dtype = torch.
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_integers_are_the_rounded_quotient_by_the_stored_scale(dtype):
     weight = random_weight(dtype=dtype)
-    values, scale = quantize_per_channel(weight)
+    values, scale = quantize(weight, INT8)
     assert scale.dtype == dtype
     assert scale.shape == (33, 1)
     quotient = weight.double() / scale.double()
@@ -34,14 +35,14 @@ def test_integers_are_the_rounded_quotient_by_the_stored_scale(dtype):
 def test_scale_is_twice_the_largest_value_over_255():
     weight = random_weight()
     amax = weight.abs().amax(dim=1, keepdim=True)
-    torch.testing.assert_close(channel_scale(weight, torch.float32), 2 * amax / 255)
+    torch.testing.assert_close(weight_scale(weight, INT8, torch.float32), 2 * amax / 255)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_error_is_at_most_half_a_step(dtype):
     """But for the largest value: 127.5 steps wide, it is clamped to 127, or a rounded scale more."""
     weight = random_weight(dtype=dtype)
-    values, scale = quantize_per_channel(weight)
+    values, scale = quantize(weight, INT8)
     steps = (weight.float() - dequantize(values, scale, torch.float32)).abs() / scale.float()
     assert steps.max() <= 0.5 + 127.5 * torch.finfo(dtype).eps + 1e-4
     assert steps[values.abs() < 127].max() <= 0.5 + 1e-4
@@ -50,14 +51,14 @@ def test_error_is_at_most_half_a_step(dtype):
 def test_zero_channel_gives_zeros_and_a_finite_scale():
     weight = random_weight()
     weight[3] = 0
-    values, scale = quantize_per_channel(weight)
+    values, scale = quantize(weight, INT8)
     assert torch.isfinite(scale).all()
     assert not values[3].any()
 
 
 def test_scale_that_float16_cannot_hold_is_not_zero():
     weight = torch.full((1, 4), 1e-7, dtype=torch.float16)
-    values, scale = quantize_per_channel(weight)
+    values, scale = quantize(weight, INT8)
     assert scale.item() > 0
     assert values.abs().max() > 0
 
@@ -67,29 +68,29 @@ def test_non_finite_weight_is_refused(bad):
     weight = random_weight()
     weight[5, 7] = bad
     with pytest.raises(ValueError, match="infinity or a NaN"):
-        quantize_per_channel(weight)
+        quantize(weight, INT8)
 
 
 def test_quantizing_leaves_its_input_alone():
     """The input may be the mapped file of a checkpoint that is read again."""
     weight = random_weight()
     before = weight.clone()
-    channel_scale(weight, torch.float32)
-    quantize_per_channel(weight)
+    weight_scale(weight, INT8, torch.float32)
+    quantize(weight, INT8)
     assert torch.equal(weight, before)
 
 
 def test_blocks_of_rows_change_nothing(monkeypatch):
     weight = random_weight(100, 64)
-    whole = quantize_per_channel(weight)
+    whole = quantize(weight, INT8)
     monkeypatch.setattr("quant.numeric.BLOCK_BYTES", 7 * 64 * 4)
-    for one, other in zip(whole, quantize_per_channel(weight), strict=True):
+    for one, other in zip(whole, quantize(weight, INT8), strict=True):
         assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 600])
 def test_quantized_linear_equals_the_dequantized_product(rows):
-    weight = QuantizedWeight(*quantize_per_channel(random_weight(1100, 70)))
+    weight = QuantizedWeight(*quantize(random_weight(1100, 70), INT8))
     x = random_weight(rows, 70)
     expected = x.double() @ weight.dequantize(torch.float64).T
     # float32 sums of 70 products: a few units in the last place of the largest.
@@ -131,7 +132,7 @@ def test_typo_in_a_dtype_is_refused_with_the_nearest():
     [
         {"quant_method": "rtn"},
         {"weight_dtype": "int8"},
-        {"quant_method": "rtn", "weight_dtype": "int4"},
+        {"quant_method": "rtn", "weight_dtype": "int4", "kvcache_dtype": "int8"},
         {"quant_method": "rtn", "weight_dtype": "int8", "group_size": 128},
         {"quant_method": "smooth_quant", "weight_dtype": "int8", "activation_dtype": "int8"},
         {"quant_method": "rtn", "kvcache_dtype": "int8"},

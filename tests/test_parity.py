@@ -14,7 +14,8 @@ from parallel.generation.cache import KVCache
 from parallel.generation.sampling import Sampling
 from parallel.model import parameters
 from parallel.model.decoder import Attention, Step, StepContext
-from tests.models import RTN, generate, load, logits, run_ranks
+from quant.errors import QuantError
+from tests.models import RTN, generate, logits
 
 transformers = pytest.importorskip("transformers")
 
@@ -130,34 +131,15 @@ def test_greedy_text_of_a_real_model_equals_its_published_one(shared):
 
 
 @pytest.mark.parametrize("left_out", ["q_proj", "v_proj", "up_proj"])
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_a_group_of_which_one_part_is_left_out_is_not_fused(left_out, size):
+def test_a_product_of_which_one_part_is_left_out_is_refused_by_name(left_out):
     scheme = replace(RTN, modules_to_not_convert=("lm_head", left_out))
-    checkpoint = open_checkpoint(DEMO)
-    layer = run_ranks(size, lambda group: load(checkpoint, group, scheme))[0].layers[0]
-    counts = (len(layer.self_attn.qkv_proj.linears), len(layer.mlp.gate_up_proj.linears))
-    assert counts == ((1, 2) if left_out == "up_proj" else (3, 1))
-    alone = generate(DEMO, PROMPTS, 1, scheme=scheme, new_tokens=8)
-    assert generate(DEMO, PROMPTS, size, scheme=scheme, new_tokens=8) == alone
-
-
-@pytest.mark.parametrize("family", ["biased", "qwen2", "tied", "wide heads"], indirect=True)
-@pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_fused_products_give_the_bits_of_each_by_itself(family, size, monkeypatch):
-    """int8 sums are integers: which output channels stand side by side cannot matter."""
-    path, _ = family
-    fused = logits(path, IDS, size, scheme=RTN)
-    monkeypatch.setattr(parameters, "FUSED", {})
-    assert torch.equal(logits(path, IDS, size, scheme=RTN), fused)
+    with pytest.raises(QuantError, match=f"one product in memory.*{left_out} unquantized"):
+        open_checkpoint(DEMO).layout(scheme)
 
 
 def test_every_parameter_has_each_tensor_once():
     layout = open_checkpoint(DEMO).layout(RTN)
-    rows = [
-        row.name
-        for item in parameters.parameters(layout.table, layout.quantized)
-        for row in item.rows
-    ]
+    rows = [row.name for item in parameters.parameters(layout.table) for row in item.rows]
     assert sorted(rows) == sorted(layout.table)
 
 

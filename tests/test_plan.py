@@ -151,8 +151,8 @@ def parameters(decoder):
     for layer in decoder.layers:
         yield layer.input_layernorm.weight_D
         yield layer.post_attention_layernorm.weight_D
-        yield from (part.local_weight for part in layer.self_attn.qkv_proj.linears)
-        yield from (part.local_weight for part in layer.mlp.gate_up_proj.linears)
+        yield layer.self_attn.qkv_proj.linear.local_weight
+        yield layer.mlp.gate_up_proj.linear.local_weight
         yield layer.self_attn.o_proj.local_weight
         yield layer.mlp.down_proj.local_weight
 

@@ -18,7 +18,7 @@ from parallel.checkpoint.open import open_checkpoint
 from parallel.checkpoint.readers.prepared import PreparedSource
 from parallel.checkpoint.store import write_prepared
 from parallel.errors import CheckpointError
-from quant.numeric import quantize_per_channel
+from quant.numeric import Grid, quantize
 from quant.scheme import QuantScheme
 from tests.checkpoints import write_checkpoint
 from tests.models import RTN, generate
@@ -73,7 +73,7 @@ def test_integers_are_those_of_the_whole_weight(source, prepared):
     weights = {name: tensor for file in files for name, tensor in file.items()}
     shards = merged(prepared[4])
     for name in ("model.layers.1.mlp.down_proj.weight", "model.layers.0.self_attn.o_proj.weight"):
-        values, scale = quantize_per_channel(weights[name])
+        values, scale = quantize(weights[name], Grid())
         assert torch.equal(shards[name], values)
         assert torch.equal(shards[name + "_scale"], scale)
 
@@ -197,7 +197,7 @@ def test_scale_of_a_copied_head_has_the_dtype_of_the_file_not_of_the_config(tmp_
     scheme = QuantScheme(quant_method="rtn", weight_dtype="int8", modules_to_not_convert=())
     path = prepare(source, tmp_path / "out", 2, scheme)
     embedding = load_file(source / "model.safetensors")["model.embed_tokens.weight"]
-    values, scale = quantize_per_channel(embedding)
+    values, scale = quantize(embedding, Grid())
     tensors = merged(path)
     assert torch.equal(tensors["lm_head.weight"], values)
     assert torch.equal(tensors["lm_head.weight_scale"], scale)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -17,7 +19,10 @@ SHAPE = {
     "num_key_value_heads": 2, "torch_dtype": "bfloat16",
 }  # fmt: skip
 QWEN = {**SHAPE, "architectures": ["Qwen2ForCausalLM"]}
-SCHEMES = pytest.mark.parametrize("scheme", [QuantScheme(), RTN], ids=["none", "w8a16"])
+GROUPED = replace(RTN, weight_dtype="int4", weight_quant_granularity="per_group", group_size=32)
+SCHEMES = pytest.mark.parametrize(
+    "scheme", [QuantScheme(), RTN, GROUPED], ids=["none", "w8a16", "w4a16 g32"]
+)
 
 
 def whole(source, name):

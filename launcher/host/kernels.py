@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -38,16 +38,16 @@ def check_kernel(config: Config) -> None:
         raise ConfigError(f"`kernel` must be one of {', '.join(NAMES)}, but is {config.kernel!r}.")
 
 
-def choose_kernel(config: Config, scheme: str) -> tuple[Config, tuple[str, ...]]:
+def choose_kernel(config: Config, labels: Sequence[str]) -> tuple[Config, tuple[str, ...]]:
     """The configuration with its kernel filled in, and what the user should know.
 
     Args:
-        scheme: the label of what runs, such as w8a16; `none` needs no kernel.
+        labels: of the schemes that the products have, such as w8a16; without any no kernel is needed.
 
     Raises:
         ConfigError: the kernel that is asked for does not work here, or would have no effect.
     """
-    if scheme == "none":
+    if not labels:
         _check_unused("kernel", config.kernel, AUTO)
         _check_unused("parallel.exact_sums", config.parallel.exact_sums, None)
         return config, ()
@@ -58,8 +58,9 @@ def choose_kernel(config: Config, scheme: str) -> tuple[Config, tuple[str, ...]]
         return _chosen_for_gpus(config), ()
     _check_works(config.kernel, found)
     if config.kernel == AUTO:
-        config = replace(config, kernel=fastest(found, scheme))
-    return config, _notes(config.kernel, found, scheme)
+        config = replace(config, kernel=fastest(found, *labels))
+    _check_used(config.kernel, found, labels)
+    return config, _notes(config.kernel, found, labels)
 
 
 def _check_unused(key: str, value: object, default: object) -> None:
@@ -86,15 +87,28 @@ def survey() -> dict[str, Any]:
     return found
 
 
-def fastest(found: Mapping[str, Any], scheme: str) -> str:
-    """The kernel with the least time for a request of 128 prompt tokens and 128 answered ones."""
+def fastest(found: Mapping[str, Any], *labels: str) -> str:
+    """The kernel with the least time for a request of 128 prompt tokens and 128 answered ones.
 
-    def request_ms(name: str) -> float:
-        ms = found["kernels"][name]["ms"].get(scheme, {})
-        return 127 * ms["1"] + ms["128"] if ms else float("inf")
+    A scheme that a kernel has no product for takes the reference path: those with products for the
+    most schemes come first.
+    """
 
-    working = [name for name in found["kernels"] if found["kernels"][name]["problem"] is None]
-    return min(working, key=request_ms)
+    def cost(name: str) -> tuple[int, float]:
+        own, ms = own_labels(found, name, labels), found["kernels"][name]["ms"]
+        return -len(own), sum(127 * ms[label]["1"] + ms[label]["128"] for label in own)
+
+    working = [
+        name
+        for name in found["kernels"]
+        if found["kernels"][name]["problem"] is None and own_labels(found, name, labels)
+    ]
+    return min(working, key=cost, default="reference")
+
+
+def own_labels(found: Mapping[str, Any], name: str, labels: Sequence[str]) -> list[str]:
+    """The schemes that a kernel, which is not the reference, has products of its own for."""
+    return [label for label in labels if label in found["kernels"][name]["ms"]]
 
 
 def slower_than_bfloat16(found: Mapping[str, Any], name: str, scheme: str) -> list[int]:
@@ -116,7 +130,8 @@ def cache_path() -> Path | None:
 def _identity() -> list[Any]:
     """All that the answer depends on."""
     native = _ROOT / "quant" / "kernels" / "native"
-    sources = sorted([*native.glob("*.so"), *native.glob("*.py"), native.parent / "choice.py"])
+    kernels = native.parent
+    sources = sorted([*native.glob("*.so"), *native.glob("*.py"), *kernels.glob("*.py")])
     return [
         _num_cores(),
         platform.machine(),
@@ -208,13 +223,31 @@ def _check_works(name: str, found: Mapping[str, Any]) -> None:
         )
 
 
-def _notes(name: str, found: Mapping[str, Any], scheme: str) -> tuple[str, ...]:
-    """int8 that is slower than bfloat16 is said, or its user would not expect it."""
-    rows = slower_than_bfloat16(found, name, scheme)
-    if name == "reference":
-        why = found["kernels"]["native"]["problem"]
-        return (f"int8 products take the slow reference path (native: {why})",) if why else ()
-    if not rows:
-        return ()
+def _check_used(name: str, found: Mapping[str, Any], labels: Sequence[str]) -> None:
+    if name != "reference" and not own_labels(found, name, labels):
+        raise ConfigError(
+            f"`kernel` is {name}, which has no product for {', '.join(labels)}; leave it out, or "
+            "write kernel=reference."
+        )
+
+
+def _notes(name: str, found: Mapping[str, Any], labels: Sequence[str]) -> tuple[str, ...]:
+    """What is slower than its user would expect is said."""
+    own = own_labels(found, name, labels)
+    others = [label for label in labels if label not in own]
+    why = found["kernels"]["native"]["problem"]
+    if name == "reference" and not why and own_labels(found, "native", labels):
+        return ()  # it was asked for by name
+    slow = {label: slower_than_bfloat16(found, name, label) for label in own}
+    notes = [_slow_note(label, rows) for label, rows in slow.items() if rows]
+    return (*notes, *([_reference_note(others, why)] if others else []))
+
+
+def _slow_note(label: str, rows: Sequence[int]) -> str:
     listed = ", ".join(map(str, rows))
-    return (f"{scheme} is slower than bfloat16 weights here for {listed} rows at once",)
+    return f"{label} is slower than bfloat16 weights here for {listed} rows at once"
+
+
+def _reference_note(labels: Sequence[str], why: str | None) -> str:
+    reason = why or "it has none for them"
+    return f"{', '.join(labels)} products take the slow reference path (native: {reason})"

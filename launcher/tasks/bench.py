@@ -37,6 +37,7 @@ from parallel.checkpoint.open import Checkpoint
 from parallel.group import Group, SimulatedGroup
 from parallel.model.decoder import Decoder
 from parallel.model.placements import HEAD
+from quant.kernels import has_product
 
 
 def run_rank(rank: Rank) -> None:
@@ -183,14 +184,26 @@ def _context(
         "collective_cost": None if simulated is None else asdict(cost),
         "weights": f"random weights of seed {config.seed}" if is_random else str(checkpoint.path),
         "scheme": layout.scheme.label,
-        "lm_head": "int8" if HEAD in layout.quantized else dtype,
-        "kernel": config.kernel if layout.quantized else None,
+        "lm_head": layout.schemes[HEAD].weight_dtype if HEAD in layout.schemes else dtype,
+        "kernel": _kernels(config.kernel, layout),
         **asdict(checkpoint.config),
         "dtype": dtype,
         "device": rank.device.type,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
+
+
+def _kernels(name: str, layout: Layout) -> str | None:
+    """The job's kernel, and for what the reference stands in; None: nothing is quantized."""
+    others = [
+        label
+        for label, scheme in {item.label: item for item in layout.schemes.values()}.items()
+        if not has_product(name, scheme)
+    ]
+    if not layout.schemes:
+        return None
+    return f"{name}, reference for {', '.join(others)}" if others else name
 
 
 def _random_ids(rank: Rank, case: Case, vocab_size: int) -> Tensor:

@@ -79,7 +79,7 @@ def make_bench_job(
     if not chooses_kernel:
         return Job(resolved.config, ()), resolved.notes
     # Last: the first time on a machine it takes seconds, which a refusal should not.
-    config, notes = choose_kernel(resolved.config, resolved.layout.scheme.label)
+    config, notes = choose_kernel(resolved.config, resolved.layout.labels)
     return Job(config, ()), resolved.notes + notes
 
 

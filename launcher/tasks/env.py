@@ -18,6 +18,8 @@ from launcher.host.wishes import read_wishes
 from launcher.resolve import DEMO_TP
 from launcher.schema import Config
 
+_LABELS = ("w8a16", "w8a8", "w4a16", "w4a16 g128")
+
 
 def run(config: Config, environment: WorkerEnvironment) -> None:
     """Print the launcher, its variables, the devices, the kernels and the number of ranks.
@@ -87,12 +89,12 @@ def _shared_memory() -> str:
 
 
 def _kernels() -> dict[str, str]:
-    """Which products with int8 weights work here, their speed, and which `kernel=auto` takes."""
+    """Which products with quantized weights work here, their speed, and which `kernel=auto` takes."""
     try:
         found = survey()
     except ConfigError as error:
         return {"int8 kernel": str(error)}
-    chosen = ", ".join(f"{fastest(found, scheme)} for {scheme}" for scheme in ("w8a16", "w8a8"))
+    chosen = ", ".join(f"{fastest(found, label)} for {label}" for label in _LABELS)
     size = found["shape"][0] * found["shape"][1]
     lines = {"int8 kernel": f"{chosen} (kernel=auto; all give the same bits)"}
     for name, entry in found["kernels"].items():

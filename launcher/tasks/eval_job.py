@@ -50,7 +50,7 @@ def make_eval_job(
         return Job(config, ()), resolved.notes
     exam = _read_exam(section, resolved.checkpoint, context)
     # Last: the first time on a machine it takes seconds, which a refusal should not.
-    config, notes = choose_kernel(config, resolved.layout.scheme.label)
+    config, notes = choose_kernel(config, resolved.layout.labels)
     return Job(config, (), exam), resolved.notes + notes
 
 

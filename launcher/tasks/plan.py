@@ -50,7 +50,7 @@ def run(config: Config, environment: WorkerEnvironment) -> None:
     workload = _workload(config, layout.config)
     chosen = plan_rank(layout, size, workload)
     bandwidth = config.plan.bandwidth_gb_s or measure_bandwidth_gb_s()
-    sizes = sorted({*_sizes(config, layout.config), size})
+    sizes = sorted({*_sizes(config, layout), size})
     if config.plan.json:
         print(json.dumps(_to_json(layout, sizes, workload, bandwidth, config), indent=1))
         return
@@ -86,9 +86,9 @@ def _workload(config: Config, model: ModelConfig) -> Workload:
     return Workload(config.plan.batch_size, length, config.generation.prefill_chunk, dtype)
 
 
-def _sizes(config: Config, model: ModelConfig) -> list[int]:
+def _sizes(config: Config, layout: Layout) -> list[int]:
     if config.plan.tp is None:
-        return [tp for tp in model.valid_tp_sizes() if tp <= _MOST_SIZES]
+        return [tp for tp in layout.valid_tp_sizes() if tp <= _MOST_SIZES]
     return config.plan.tp
 
 
@@ -114,13 +114,19 @@ def _print_placements(layout: Layout, tp: int) -> None:
             (
                 name,
                 _shape(first.shape),
-                " + ".join(tensor.dtype for tensor in rows[0]),
+                " + ".join(_dtype(layout, tensor) for tensor in rows[0]),
                 _placement(first, layout.config, tp),
                 _shape(index_shape(first.index(0, tp))),
                 f"{_largest_bytes(rows, tp) / 1e6:,.1f}",
             )
         )
     print_table(table)
+
+
+def _dtype(layout: Layout, tensor: StoredTensor) -> str:
+    """A weight's own: the bytes that hold two values of int4 are not what its shape counts."""
+    is_weight = tensor.name in layout.schemes
+    return layout.schemes[tensor.name].weight_dtype if is_weight else tensor.dtype
 
 
 def _largest_bytes(rows: list[list[StoredTensor]], tp: int) -> int:
@@ -153,7 +159,7 @@ def _print_sizes(
     ]
     reasons = []
     for tp in sizes:
-        reason = unsupported_reason(layout.config, tp)
+        reason = unsupported_reason(layout, tp)
         if reason:
             reasons.append(f"tp={tp} does not work: {reason}")
             continue
@@ -164,7 +170,7 @@ def _print_sizes(
     print()
     print_table(rows)
     print(f"\ndecode: bytes read a token over {bandwidth:.1f} GB/s ({measured}); no communication")
-    print("\n".join([*reasons, f"valid tp sizes: {_join(layout.config.valid_tp_sizes())}"]))
+    print("\n".join([*reasons, f"valid tp sizes: {_join(layout.valid_tp_sizes())}"]))
 
 
 def _columns(plan: RankPlan) -> tuple[int, ...]:
@@ -182,7 +188,7 @@ def _to_json(
 ) -> dict[str, Any]:
     plans: dict[int, dict[str, Any]] = {}
     for tp in sizes:
-        reason = unsupported_reason(layout.config, tp)
+        reason = unsupported_reason(layout, tp)
         if reason:
             plans[tp] = {"error": reason}
             continue
@@ -202,7 +208,7 @@ def _to_json(
         "scheme": layout.scheme.to_dict(),
         "workload": asdict(workload),
         "bandwidth_gb_s": bandwidth,
-        "valid_tp_sizes": list(layout.config.valid_tp_sizes()),
+        "valid_tp_sizes": list(layout.valid_tp_sizes()),
         "sizes": plans,
     }
 

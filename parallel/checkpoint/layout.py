@@ -11,14 +11,18 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from parallel.checkpoint.source import DTYPE_BYTES, TensorInfo
-from parallel.errors import CheckpointError
+from parallel.errors import CheckpointError, ModelError
 from parallel.model.config import ModelConfig
 from parallel.model.families import DROPPED_SUFFIXES
+from parallel.model.parameters import check_fused
 from parallel.model.placements import HEAD, Row, Table, linear_modules, placement_table
-from parallel.placement import Index, Shape, index_shape
-from quant.scheme import QuantScheme
+from parallel.placement import Index, Shape, Split, index_shape
+from quant.errors import QuantError
+from quant.scheme import LinearScheme, QuantScheme
 
 SCALE_SUFFIX = "_scale"
+# int4 lies on disk as two values a byte.
+STORED_DTYPES: Mapping[str, str] = {"int8": "int8", "int4": "uint8"}
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class StoredTensor:
         shape: its global shape.
         dtype: a torch name.
         is_quantized: part of a quantized weight, whose parts keep their dtype in memory.
+        columns: how many columns of the row one entry stands for: two of int4, which a byte holds;
+            a group of them, or all, in a scale.
     """
 
     name: str
@@ -38,13 +44,21 @@ class StoredTensor:
     shape: Shape
     dtype: str
     is_quantized: bool = False
+    columns: int = 1
 
     def index(self, rank: int, size: int) -> Index:
-        """The rank's slice. A scale [N, 1] is cut as its weight's rows are, and never along K."""
-        cuts = self.row.index(rank, size)
-        if self.shape == self.row.shape:
-            return cuts
-        return (cuts[0], slice(0, 1))
+        """The rank's slice of this tensor."""
+        return self.cut(self.row.index(rank, size))
+
+    def cut(self, index: Index) -> Index:
+        """The entries that a slice of the row's weight needs; a scale at its ends may be shared."""
+        if not self.is_quantized:
+            return index
+        rows, columns = index
+        if self.columns >= self.row.shape[1]:
+            return rows, slice(0, 1)
+        assert self.dtype != "uint8" or columns.start % self.columns == 0, (self.name, columns)
+        return rows, slice(columns.start // self.columns, -(-columns.stop // self.columns))
 
     def num_bytes(self, rank: int, size: int, float_dtype: str | None = None) -> int:
         """Bytes of the rank's slice as it is stored; in memory, where floats become another dtype."""
@@ -58,20 +72,65 @@ class Layout:
 
     Attributes:
         table: the placement of each tensor.
-        quantized: the names of the rows that are quantized.
-        tensors: what a shard file holds, in the order of a step.
+        schemes: of each row that is quantized, by name.
+        parts: what a shard file holds of each row, by its name, in the order of a step.
     """
 
     config: ModelConfig
     scheme: QuantScheme
     vocab_emb_dp: bool
     table: Table
-    quantized: frozenset[str]
-    tensors: tuple[StoredTensor, ...]
+    schemes: Mapping[str, LinearScheme]
+    parts: Mapping[str, tuple[StoredTensor, ...]]
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """All that a shard file holds."""
+        return tuple(tensor for parts in self.parts.values() for tensor in parts)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The short names of the schemes in it, each once."""
+        return tuple(dict.fromkeys(scheme.label for scheme in self.schemes.values()))
 
     def rank_bytes(self, rank: int, size: int, float_dtype: str | None = None) -> int:
         """Bytes of one rank's weights on disk, or in memory with floats of `float_dtype`."""
         return sum(tensor.num_bytes(rank, size, float_dtype) for tensor in self.tensors)
+
+    def check_tp(self, tp: int) -> None:
+        """Raise ModelError unless the model can be dealt out to `tp` ranks, each of which gets some."""
+        self.config.check_tp(tp)
+        if tp in (valid := self.valid_tp_sizes()):
+            return
+        row, num_units = min(self._units(), key=lambda found: found[1])
+        raise ModelError(
+            f"`parallel.tp` must be at most {num_units}, into which {row.name} "
+            f"({'x'.join(map(str, row.shape))}) can be cut, or a rank would get nothing, but is {tp}; "
+            f"valid sizes: {', '.join(map(str, valid))}."
+        )
+
+    def valid_tp_sizes(self) -> tuple[int, ...]:
+        """The tensor-parallel sizes that this model, quantized so, can be split by."""
+        most = min(num_units for _, num_units in self._units())
+        return tuple(tp for tp in self.config.valid_tp_sizes() if tp <= most)
+
+    def check_exact_sums(self, exact_sums: bool | None) -> None:
+        """Raise QuantError where exact sums are asked for and a scale belongs to a group."""
+        grouped = [name for name, scheme in self.schemes.items() if scheme.group_size is not None]
+        if exact_sums and grouped:
+            raise QuantError(
+                f"`parallel.exact_sums` is true, but {grouped[0]} has a scale for each group of "
+                "columns, so its partial sums are no integers once they are added up; leave it out, "
+                "or quantize per channel."
+            )
+
+    def _units(self) -> list[tuple[Row, int]]:
+        """The rows that are dealt out, and among how many ranks at most."""
+        return [
+            (row, row.placement.num_units(row.shape))
+            for row in self.table.values()
+            if isinstance(row.placement, Split)
+        ]
 
 
 def make_layout(
@@ -87,32 +146,35 @@ def make_layout(
         dtype_of: the stored dtype of a tensor; the config's where there are no files to ask.
 
     Raises:
-        QuantError: a pattern of modules_to_not_convert that matches nothing.
+        QuantError: a pattern of the scheme that matches nothing, or parts of one product whose
+            schemes differ.
     """
-    left_out = scheme.left_out(linear_modules(config)) if scheme.quantizes_weights else frozenset()
-    own_head = scheme.quantizes_weights and "lm_head" not in left_out
-    table = placement_table(config, vocab_emb_dp=vocab_emb_dp, own_head=own_head)
-    quantized = frozenset(
-        row.name
+    modules = scheme.for_modules(linear_modules(config))
+    check_fused(modules)
+    own_head = modules[HEAD.removesuffix(".weight")] is not None
+    table = placement_table(config, vocab_emb_dp=vocab_emb_dp, own_head=own_head, schemes=modules)
+    schemes = {
+        row.name: found
         for row in table.values()
-        if scheme.quantizes_weights and row.is_linear and row.module not in left_out
-    )
+        if row.is_linear and (found := modules[row.module]) is not None
+    }
     dtype_of = dtype_of or (lambda _: config.dtype)
-    tensors = [
-        tensor
-        for row in table.values()
-        for tensor in _stored(row, dtype_of(row), row.name in quantized)
-    ]
-    return Layout(config, scheme, vocab_emb_dp, table, quantized, tuple(tensors))
+    parts = {row.name: _stored(row, dtype_of(row), schemes.get(row.name)) for row in table.values()}
+    return Layout(config, scheme, vocab_emb_dp, table, schemes, parts)
 
 
-def _stored(row: Row, dtype: str, is_quantized: bool) -> list[StoredTensor]:
-    if not is_quantized:
-        return [StoredTensor(row.name, row, row.shape, dtype)]
-    return [
-        StoredTensor(row.name, row, row.shape, "int8", is_quantized=True),
-        StoredTensor(row.name + SCALE_SUFFIX, row, (row.shape[0], 1), dtype, is_quantized=True),
-    ]
+def _stored(row: Row, dtype: str, scheme: LinearScheme | None) -> tuple[StoredTensor, ...]:
+    if scheme is None:
+        return (StoredTensor(row.name, row, row.shape, dtype),)
+    return (
+        _part(row, row.name, STORED_DTYPES[scheme.weight_dtype], scheme.values_per_byte),
+        _part(row, row.name + SCALE_SUFFIX, dtype, scheme.group_size or row.shape[1]),
+    )
+
+
+def _part(row: Row, name: str, dtype: str, columns: int) -> StoredTensor:
+    shape = (row.shape[0], -(-row.shape[1] // columns))
+    return StoredTensor(name, row, shape, dtype, is_quantized=True, columns=columns)
 
 
 def check_source(table: Table, tensors: Mapping[str, TensorInfo], where: str) -> None:
@@ -129,9 +191,9 @@ def check_source(table: Table, tensors: Mapping[str, TensorInfo], where: str) ->
                 f"{where}: {name} must have shape {list(row.shape)} by config.json, but has "
                 f"{list(tensors[name].shape)}; use the config.json of this checkpoint."
             )
-        if tensors[name].dtype == "int8":
+        if tensors[name].dtype in STORED_DTYPES.values():
             raise CheckpointError(
-                f"{where}: {name} is int8 without a scheme that says its scales; "
+                f"{where}: {name} is {tensors[name].dtype} without a scheme that says its scales; "
                 "give the unquantized checkpoint."
             )
 

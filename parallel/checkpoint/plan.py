@@ -9,6 +9,7 @@ from parallel.checkpoint.source import DTYPE_BYTES
 from parallel.errors import ModelError
 from parallel.model.config import ModelConfig
 from parallel.model.placements import EMBEDDING, HEAD
+from parallel.placement import index_shape
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def plan_rank(layout: Layout, tp: int, workload: Workload) -> RankPlan:
     Raises:
         ModelError: the heads cannot be dealt out to `tp` ranks.
     """
-    layout.config.check_tp(tp)
+    layout.check_tp(tp)
     rank = max(range(tp), key=lambda rank: layout.rank_bytes(rank, tp, workload.dtype))
     linear, embedding, other = _weights_by_kind(layout, rank, tp, workload.dtype)
     kv_cache = kv_cache_bytes(layout.config, tp, workload)
@@ -80,7 +81,7 @@ def plan_rank(layout: Layout, tp: int, workload: Workload) -> RankPlan:
         embedding_bytes=embedding,
         other_bytes=other,
         kv_cache_bytes=kv_cache,
-        temporary_bytes=temporary_bytes(layout.config, tp, workload),
+        temporary_bytes=temporary_bytes(layout, tp, workload),
         read_bytes=linear + embedding + other - unread + kv_cache // 2,
     )
 
@@ -93,15 +94,21 @@ def kv_cache_bytes(config: ModelConfig, tp: int, workload: Workload) -> int:
     return per_token * tokens * DTYPE_BYTES[workload.dtype]
 
 
-def temporary_bytes(config: ModelConfig, tp: int, workload: Workload) -> int:
+def temporary_bytes(layout: Layout, tp: int, workload: Workload) -> int:
     """What a prefill step holds at once beside the weights: an estimate, from above.
 
     The residual and the normed stream, the widest of q k v and gate up, the partial sums in
     float32, the attention mask in float32, and the logits of the batch.
     """
+    config = layout.config
     tokens = min(workload.prefill_chunk, workload.batch_size * workload.max_length)
     width = DTYPE_BYTES[workload.dtype]
-    ffn = -(-config.intermediate_size // tp)
+    ffn = max(
+        index_shape(row.index(rank, tp))[1]
+        for name, row in layout.table.items()
+        if name.endswith("down_proj.weight")
+        for rank in range(tp)
+    )
     heads = config.num_attention_heads // tp * config.head_dim
     stream = tokens * config.hidden_size * (3 * width + 3 * 4)
     wide = tokens * max(3 * ffn, 6 * heads) * max(width, 4)
@@ -110,10 +117,10 @@ def temporary_bytes(config: ModelConfig, tp: int, workload: Workload) -> int:
     return stream + wide + mask + logits
 
 
-def unsupported_reason(config: ModelConfig, tp: int) -> str | None:
+def unsupported_reason(layout: Layout, tp: int) -> str | None:
     """Why a size does not work, in a sentence, or None."""
     try:
-        config.check_tp(tp)
+        layout.check_tp(tp)
     except ModelError as error:
         return str(error)
     return None

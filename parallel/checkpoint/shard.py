@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import Tensor
 
 from parallel.checkpoint.layout import SCALE_SUFFIX, Layout
@@ -12,33 +10,34 @@ from parallel.errors import CheckpointError
 from parallel.model.placements import Row
 from parallel.placement import Index
 from quant.methods.rtn import round_to_nearest
+from quant.numeric import pack_int4, unpack_int4
+from quant.scheme import LinearScheme
 from quant.weight import QuantizedWeight, Weight
 
 
 def read_weight(layout: Layout, source: Source, row: Row, index: Index) -> Weight:
     """A slice of one tensor as the layout wants it.
 
-    A weight that is quantized here is read by whole rows, whatever the slice: the scale of a
-    row-parallel weight is that of the whole row, so the integers are the same at every size.
+    A weight that is quantized here is read by whole rows, whatever the slice: the scales of a
+    row-parallel weight are those of the whole row, so the integers are the same at every size.
 
     Raises:
         CheckpointError: the weight holds an infinity or a NaN, and must be quantized.
     """
-    if row.name not in layout.quantized:
+    scheme = layout.schemes.get(row.name)
+    if scheme is None:
         return source.read(source_name(source, row), index)
     if is_quantized(source, row):
-        scale_N = source.read(row.name + SCALE_SUFFIX, (index[0], slice(0, 1)))
-        return QuantizedWeight(
-            source.read(row.name, index), scale_N, layout.scheme.activation_dtype
-        )
-    return _quantize(layout, source, row, index)
+        return _read_quantized(layout, source, row, index)
+    return _quantize(scheme, source, row, index)
 
 
 def weight_parts(row: Row, weight: Weight) -> dict[str, Tensor]:
-    """A weight as it is stored: name -> tensor."""
-    if isinstance(weight, QuantizedWeight):
-        return {row.name: weight.values_NK, row.name + SCALE_SUFFIX: weight.scale_N}
-    return {row.name: weight}
+    """A weight as it is stored: name -> tensor; int4 as two values a byte."""
+    if not isinstance(weight, QuantizedWeight):
+        return {row.name: weight}
+    values = pack_int4(weight.values_NK) if weight.bits == 4 else weight.values_NK
+    return {row.name: values, row.name + SCALE_SUFFIX: weight.scale_NG}
 
 
 def source_name(source: Source, row: Row) -> str:
@@ -51,14 +50,26 @@ def is_quantized(source: Source, row: Row) -> bool:
     return row.name + SCALE_SUFFIX in source.tensors
 
 
-def _quantize(layout: Layout, source: Source, row: Row, index: Index) -> QuantizedWeight:
+def _read_quantized(layout: Layout, source: Source, row: Row, index: Index) -> QuantizedWeight:
+    """From a prepared source: what `weight_parts` made of it, whatever size it was cut for."""
+    scheme = layout.schemes[row.name]
+    stored, scale_NG = (source.read(part.name, part.cut(index)) for part in layout.parts[row.name])
+    columns = index[1]
+    values_NK = unpack_int4(stored, columns.stop - columns.start) if scheme.bits == 4 else stored
+    first_column = columns.start % scheme.group_size if scheme.group_size else 0
+    return QuantizedWeight(
+        values_NK, scale_NG, scheme.activation_dtype, scheme.bits, scheme.group_size, first_column
+    )
+
+
+def _quantize(scheme: LinearScheme, source: Source, row: Row, index: Index) -> QuantizedWeight:
     name = source_name(source, row)
     whole_rows = (index[0], slice(0, row.shape[1]))
     try:
-        full = round_to_nearest(source.read(name, whole_rows), layout.scheme)
+        full = round_to_nearest(source.read(name, whole_rows), scheme)
     except ValueError as error:
         raise CheckpointError(
             f"{source.path}: {name} cannot be quantized, {error}; name its module in "
             "quant.modules_to_not_convert, or download it again."
         ) from error
-    return replace(full, values_NK=full.values_NK[:, index[1]].contiguous())
+    return full.columns(index[1].start, index[1].stop)

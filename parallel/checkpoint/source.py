@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DTYPE_NAMES: Mapping[str, str] = {
-    "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8",
+    "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8", "U8": "uint8",
 }  # fmt: skip
-DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+DTYPE_BYTES: Mapping[str, int] = {
+    "float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

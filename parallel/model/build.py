@@ -96,15 +96,11 @@ class _Parts:
         return self._local_size("model.layers.0.self_attn.k_proj") // self.config.head_dim
 
     def _columns(self, prefix: str, fused: str) -> ColumnParallelLinears:
-        """A fused product, or its parts where they could not be fused."""
-        parts = [prefix + part for part in FUSED[fused]]
-        held = [prefix + fused] if prefix + fused + ".weight" in self.weights else parts
         return ColumnParallelLinears(
-            tuple(
-                ColumnParallelLinear(self.weights[path + ".weight"], self._bias(path))
-                for path in held
+            ColumnParallelLinear(
+                self.weights[prefix + fused + ".weight"], self._bias(prefix + fused)
             ),
-            tuple(self._local_size(part) for part in parts),
+            tuple(self._local_size(prefix + part) for part in FUSED[fused]),
         )
 
     def _local_size(self, path: str) -> int:

@@ -6,10 +6,12 @@ product, which reads the activations once and keeps every core at work. On disk 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from parallel.model.placements import Row, Table
+from quant.errors import QuantError
+from quant.scheme import LinearScheme
 
 # The fused parameter's name and its parts, in the order of their output channels.
 FUSED = {
@@ -36,17 +38,10 @@ class Parameter:
         return self.rows[0].is_linear
 
 
-def parameters(table: Table, quantized: Collection[str]) -> list[Parameter]:
-    """The parameters of a model, in the order of a step.
-
-    Args:
-        quantized: the tensors that are quantized; a product is fused where all its parts are, or
-            none is.
-    """
-    fused: dict[str, str] = {}
-    for path, parts in _fusable(table):
-        if len({f"{part}.weight" in quantized for part in parts}) == 1:
-            fused |= dict.fromkeys(parts, path)
+def parameters(table: Table) -> list[Parameter]:
+    """The parameters of a model, in the order of a step."""
+    linears = [row.module for row in table.values() if row.is_linear]
+    fused = {part: path for path, parts in _products(linears) for part in parts}
     rows: dict[str, list[Row]] = {}
     for row in table.values():
         name = fused.get(row.module, row.module) + row.name.removeprefix(row.module)
@@ -54,10 +49,32 @@ def parameters(table: Table, quantized: Collection[str]) -> list[Parameter]:
     return [Parameter(name, tuple(parts)) for name, parts in rows.items()]
 
 
-def _fusable(table: Table) -> Iterator[tuple[str, list[str]]]:
-    """Every product of the model that may be fused, and the modules of its parts."""
-    for path, parts in FUSED.items():
-        for row in table.values():
-            prefix = row.module.removesuffix(parts[0])
-            if row.is_linear and prefix != row.module:
+def check_fused(schemes: Mapping[str, LinearScheme | None]) -> None:
+    """Raise QuantError where the parts of one product are quantized differently.
+
+    Args:
+        schemes: of each linear module; None: it is not quantized.
+    """
+    for path, parts in _products(schemes):
+        if len({schemes[part] for part in parts}) == 1:
+            continue
+        names = [part.rpartition(".")[2] for part in parts]
+        said = ", ".join(f"{part.rpartition('.')[2]} {_label(schemes[part])}" for part in parts)
+        raise QuantError(
+            f"`quant` must treat {', '.join(names)} alike, which are one product in memory, but makes "
+            f"of {path.rpartition('.')[0]}: {said}; name all of them in quant.modules_to_not_convert "
+            "or by one policy of quant.layer_policies, or none."
+        )
+
+
+def _label(scheme: LinearScheme | None) -> str:
+    return "unquantized" if scheme is None else scheme.label
+
+
+def _products(modules: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+    """Every fused product of the model, and the modules of its parts."""
+    for name in modules:
+        for path, parts in FUSED.items():
+            prefix = name.removesuffix(parts[0])
+            if prefix != name:
                 yield prefix + path, [prefix + part for part in parts]

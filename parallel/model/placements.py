@@ -6,11 +6,12 @@ come from these rows. Needs no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from parallel.model.config import ModelConfig
 from parallel.placement import Index, Placement, Replicate, Shape, Split, SplitKVHeads
+from quant.scheme import LinearScheme
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,11 @@ HEAD = "lm_head.weight"
 
 
 def placement_table(
-    config: ModelConfig, *, vocab_emb_dp: bool = False, own_head: bool = False
+    config: ModelConfig,
+    *,
+    vocab_emb_dp: bool = False,
+    own_head: bool = False,
+    schemes: Mapping[str, LinearScheme | None] | None = None,
 ) -> Table:
     """Every tensor of the model by name, in the order of a step.
 
@@ -56,10 +61,12 @@ def placement_table(
         vocab_emb_dp: the embedding is whole on every rank (the name is MindFormers').
         own_head: a tied lm_head gets a copy of its own, because it is quantized and the embedding
             never is.
+        schemes: of the modules that are quantized; an FFN is cut between the groups of its
+            down_proj.
     """
     rows = [*_embedding(config, vocab_emb_dp)]
     for layer in range(config.num_hidden_layers):
-        rows += _layer(config, f"model.layers.{layer}.")
+        rows += _layer(config, f"model.layers.{layer}.", schemes or {})
     rows.append(Row("model.norm.weight", (config.hidden_size,), Replicate()))
     if own_head or not config.tie_word_embeddings:
         shape = (config.vocab_size, config.hidden_size)
@@ -88,11 +95,14 @@ def _embedding(config: ModelConfig, vocab_emb_dp: bool) -> Iterator[Row]:
     yield Row(EMBEDDING, shape, placement)
 
 
-def _layer(config: ModelConfig, prefix: str) -> Iterator[Row]:
+def _layer(
+    config: ModelConfig, prefix: str, schemes: Mapping[str, LinearScheme | None]
+) -> Iterator[Row]:
     yield Row(prefix + "input_layernorm.weight", (config.hidden_size,), Replicate())
     yield from _attention(config, prefix + "self_attn.")
     yield Row(prefix + "post_attention_layernorm.weight", (config.hidden_size,), Replicate())
-    yield from _mlp(config, prefix + "mlp.")
+    unit = _ffn_unit(schemes.get(prefix + "mlp.down_proj"))
+    yield from _mlp(config, prefix + "mlp.", unit)
 
 
 def _attention(config: ModelConfig, prefix: str) -> Iterator[Row]:
@@ -108,11 +118,19 @@ def _attention(config: ModelConfig, prefix: str) -> Iterator[Row]:
     yield from _row(prefix + "o_proj", config.hidden_size, q_size, cut, config.o_bias)
 
 
-def _mlp(config: ModelConfig, prefix: str) -> Iterator[Row]:
+def _ffn_unit(down_proj: LinearScheme | None) -> int:
+    """Neurons that stay together: a group of down_proj's columns, or those of a packed byte."""
+    if down_proj is None:
+        return 1
+    return down_proj.group_size or down_proj.values_per_byte
+
+
+def _mlp(config: ModelConfig, prefix: str, unit: int) -> Iterator[Row]:
+    """gate and up are cut at the neurons at which down is."""
     hidden, ffn = config.hidden_size, config.intermediate_size
     for name in ("gate_proj", "up_proj"):
-        yield from _column(prefix + name, ffn, hidden, Split(0), config.mlp_bias)
-    yield from _row(prefix + "down_proj", hidden, ffn, Split(1), config.mlp_bias)
+        yield from _column(prefix + name, ffn, hidden, Split(0, unit), config.mlp_bias)
+    yield from _row(prefix + "down_proj", hidden, ffn, Split(1, unit), config.mlp_bias)
 
 
 def _column(path: str, out: int, into: int, placement: Placement, bias: bool) -> Iterator[Row]:

@@ -1,12 +1,15 @@
 """The products of activations with weights, one file a path.
 
-A kernel packs a weight once into its own layout; the packed weight then multiplies.
+A kernel packs a weight once into its own layout; the packed weight then multiplies. What a kernel
+has no product for takes the reference path: `has_product` is the one place that says so.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
 
+from quant.kernels.reference import ReferenceKernel
+from quant.scheme import LinearScheme
 from quant.weight import PackedWeight, QuantizedWeight, ReadyWeight, Weight
 
 
@@ -24,6 +27,16 @@ class Kernel(Protocol):
         ...
 
 
+def has_product(kernel: str, scheme: LinearScheme) -> bool:
+    """Whether a kernel multiplies weights of a scheme itself, or leaves them to the reference."""
+    if kernel == ReferenceKernel.name:
+        return True
+    return scheme.weight_dtype == "int8" and scheme.group_size is None
+
+
 def make_ready(kernel: Kernel, weight: Weight) -> ReadyWeight:
     """A weight as a product takes it: packed if it is quantized, else as it is."""
-    return kernel.pack(weight) if isinstance(weight, QuantizedWeight) else weight
+    if not isinstance(weight, QuantizedWeight):
+        return weight
+    own = has_product(kernel.name, weight.scheme)
+    return (kernel if own else ReferenceKernel()).pack(weight)

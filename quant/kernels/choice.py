@@ -17,11 +17,13 @@ from torch import Tensor
 
 from quant.activations import row_amax
 from quant.errors import QuantError
-from quant.kernels import Kernel
+from quant.kernels import Kernel, has_product
 from quant.kernels.native import NativeKernel
 from quant.kernels.onednn import OneDnnKernel
 from quant.kernels.reference import ReferenceKernel
 from quant.linear import linear
+from quant.numeric import Grid
+from quant.scheme import LinearScheme
 from quant.weight import QuantizedWeight
 
 # In the order in which they are preferred where they are equally fast.
@@ -30,7 +32,14 @@ KERNELS: Mapping[str, Callable[[], Kernel]] = {
     "onednn": OneDnnKernel,
     "reference": ReferenceKernel,
 }
-SCHEMES: Mapping[str, str | None] = {"w8a8": "int8", "w8a16": None}
+# The schemes that are timed, where a kernel has a product for them.
+SCHEMES: Mapping[str, LinearScheme] = {
+    scheme.label: scheme
+    for scheme in (
+        LinearScheme("int8", activation_dtype="int8"),
+        LinearScheme("int8"),
+    )
+}
 # Rows of the products that are timed: one sequence's decode, a batch's, a prompt's.
 ROWS = (1, 8, 128)
 # 16 MiB of int8 each; together more than a last-level cache.
@@ -76,7 +85,7 @@ def is_exact(kernel: Kernel) -> bool:
     return all(
         _is_equal(kernel, QuantizedWeight(value, torch.ones(shape[0], 1), activation_dtype), x_MK)
         for value in (*values, mixed)
-        for activation_dtype in SCHEMES.values()
+        for activation_dtype in ("int8", None)
     )
 
 
@@ -123,18 +132,27 @@ def _detail(name: str) -> str:
 def _time_schemes(kernel: Kernel) -> dict[str, dict[str, float]]:
     """Activations are bfloat16, whose 16 bits are the usual case of W8A16."""
     times = {}
-    for scheme, activation_dtype in SCHEMES.items():
-        weights = [kernel.pack(_random_weight(activation_dtype)) for _ in range(_COPIES)]
-        times[scheme] = _time_rows(
+    for label, scheme in SCHEMES.items():
+        if not has_product(kernel.name, scheme):
+            continue
+        weights = [kernel.pack(_random_weight(scheme)) for _ in range(_COPIES)]
+        times[label] = _time_rows(
             [lambda x_MK, weight=weight: linear(x_MK, weight) for weight in weights],  # type: ignore[misc]
             torch.bfloat16,
         )
     return times
 
 
-def _random_weight(activation_dtype: str | None) -> QuantizedWeight:
-    values_NK = torch.randint(-128, 128, _SHAPE, dtype=torch.int8)
-    return QuantizedWeight(values_NK, torch.ones(_SHAPE[0], 1), activation_dtype)
+def _random_weight(scheme: LinearScheme) -> QuantizedWeight:
+    grid = Grid(scheme.bits, scheme.group_size)
+    values_NK = torch.randint(grid.lowest, grid.highest + 1, _SHAPE, dtype=torch.int8)
+    return QuantizedWeight(
+        values_NK,
+        torch.ones(_SHAPE[0], grid.num_groups(_SHAPE[1])),
+        scheme.activation_dtype,
+        scheme.bits,
+        scheme.group_size,
+    )
 
 
 def _float_products(dtype: torch.dtype) -> list[Callable[[Tensor], Tensor]]:

@@ -42,7 +42,7 @@ class OneDnnWeight(PackedWeight):
         )
         self._ones_N = torch.ones(out_features)
         self._zeros_N = torch.zeros(out_features, dtype=torch.int64)
-        self.scale_N = weight.scale_N.float().view(-1)
+        self.scale_N = weight.scale_NG.float().view(-1)
         self.activation_dtype = weight.activation_dtype
         self.shape = (out_features, in_features)
         self.nbytes = out_features * in_features + self.scale_N.nbytes

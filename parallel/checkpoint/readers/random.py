@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 # Two primes: windows of neighbouring rows lie apart, and few rows share one.
 _PERIOD = 1_048_573
 _ROW_STRIDE = 4_099
-# The standard deviation of integers drawn evenly from -127 to 127.
-_INT8_DEVIATION = math.sqrt((255**2 - 1) / 12)
+# The standard deviation of integers drawn evenly from -127 to 127, and from -8 to 7.
+_DEVIATIONS = {"int8": math.sqrt((255**2 - 1) / 12), "int4": math.sqrt((16**2 - 1) / 12)}
 
 
 class RandomSource:
@@ -45,6 +45,7 @@ class RandomSource:
         self.scheme = layout.scheme
         self.seed = seed
         self._fan_in = {item.name: item.row.shape[-1] for item in layout.tensors}
+        self._dtypes = {name: scheme.weight_dtype for name, scheme in layout.schemes.items()}
         self.tensors: Mapping[str, TensorInfo] = {
             item.name: TensorInfo(item.shape, item.dtype, "") for item in layout.tensors
         }
@@ -56,13 +57,17 @@ class RandomSource:
         shape = [cut.stop - cut.start for cut in index]
         dtype = getattr(torch, self.tensors[name].dtype)
         if name.endswith(SCALE_SUFFIX):
-            return torch.full(shape, self._deviation(name) / _INT8_DEVIATION, dtype=dtype)
+            deviation = _DEVIATIONS[self._dtypes[name.removesuffix(SCALE_SUFFIX)]]
+            return torch.full(shape, self._deviation(name) / deviation, dtype=dtype)
         if name.endswith("norm.weight"):
             return torch.ones(shape, dtype=dtype)
         out = torch.empty(shape, dtype=dtype)
         rows, columns = index if len(index) == 2 else (slice(0, 1), *index)
+        if not dtype.is_floating_point:  # two values of int4 are a byte like any other
+            self._fill(out.view(torch.int8), name, rows.start, columns.start)
+            return out
         self._fill(out.view(-1, shape[-1]), name, rows.start, columns.start)
-        return out if dtype == torch.int8 else out.mul_(self._deviation(name))
+        return out.mul_(self._deviation(name))
 
     def identity(self) -> dict[str, Any]:
         return {"random": self.seed}

@@ -53,7 +53,7 @@ class NativeWeight(PackedWeight):
         open_library().shardrun_pack(
             values_NK.data_ptr(), values_NK.stride(0), *values_NK.shape, self._packed.data_ptr()
         )
-        self.scale_N = weight.scale_N.float().reshape(-1).contiguous()
+        self.scale_N = weight.scale_NG.float().reshape(-1).contiguous()
         self.activation_dtype = weight.activation_dtype
         self.shape = (out_features, in_features)
         self.nbytes = self._packed.nbytes + self.scale_N.nbytes

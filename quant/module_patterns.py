@@ -1,0 +1,43 @@
+"""Patterns on module paths, as `modules_to_not_convert` and `layer_policies` write them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+from quant.errors import QuantError
+
+# Names that mean one thing in MindFormers' files and another word in a Hugging Face checkpoint.
+MINDFORMERS_MODULES: Mapping[str, str] = {
+    "wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj",
+    "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj",
+    "attention": "self_attn", "feed_forward": "mlp",
+}  # fmt: skip
+
+
+def translate_mindformers(pattern: str) -> str:
+    """`w2` -> `down_proj`, `model.layers.0.attention.wo` -> `model.layers.0.self_attn.o_proj`."""
+    return ".".join(MINDFORMERS_MODULES.get(part, part) for part in pattern.split("."))
+
+
+def match_or_refuse(key: str, pattern: str, modules: tuple[str, ...]) -> set[str]:
+    """The modules whose whole path or last component a pattern matches (fnmatch).
+
+    Args:
+        key: the field of `quant` that holds the pattern.
+
+    Raises:
+        QuantError: it matches none, and would be ignored.
+    """
+    hits = {name for name in modules if _matches(name, translate_mindformers(pattern))}
+    if hits:
+        return hits
+    last_components = sorted({name.rpartition(".")[2] for name in modules})
+    raise QuantError(
+        f"`quant.{key}` has the pattern {pattern!r}, which matches no module; "
+        f"write a module path or one of {', '.join(last_components)}."
+    )
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[2], pattern)

@@ -1,0 +1,175 @@
+"""What a scheme may say, and what of it can be computed: each refusal is a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+from quant.errors import QuantError
+
+if TYPE_CHECKING:
+    from quant.scheme import QuantScheme
+
+ALLOWED: Mapping[str, tuple[str | None, ...]] = {
+    "quant_method": (None, "rtn", "smooth_quant", "ptq"),
+    "weight_dtype": (None, "int8", "int4"),
+    "activation_dtype": (None, "int8"),
+    "kvcache_dtype": (None, "int8"),
+    "outliers_suppression": (None, "smooth", "awq"),
+    "precision_recovery": (None, "gptq"),
+    "weight_quant_granularity": ("per_channel", "per_group"),
+    "act_quant_granularity": ("per_tensor", "per_token"),
+    "kvcache_quant_granularity": ("per_channel", "per_token"),
+}
+GROUP_SIZES = (32, 64, 128)
+
+# What is known and cannot be run yet: the field, its value, why, and what to write instead. To lift
+# one is to drop its line.
+_CALIBRATED = "needs calibration data, and cannot be run by this version"
+_NOT_YET: tuple[tuple[str, str, str, str], ...] = (
+    ("quant_method", "smooth_quant", _CALIBRATED, "write rtn"),
+    ("quant_method", "ptq", _CALIBRATED, "write rtn"),
+    ("outliers_suppression", "smooth", _CALIBRATED, "leave it out"),
+    ("outliers_suppression", "awq", _CALIBRATED, "leave it out"),
+    ("precision_recovery", "gptq", _CALIBRATED, "leave it out"),
+    ("kvcache_quant_granularity", "per_channel", _CALIBRATED, "leave it out"),
+    (
+        "kvcache_dtype",
+        "int8",
+        "needs a cache of integers, and cannot be run by this version",
+        "leave it out",
+    ),
+    (
+        "act_quant_granularity",
+        "per_tensor",
+        "is a static scale, which " + _CALIBRATED,
+        "write per_token",
+    ),
+)
+
+# A field that has no effect unless another one is set: refused, or its user would not know.
+_NEEDS: Mapping[str, str] = {
+    "modules_to_not_convert": "quant_method",
+    "algorithm_args": "quant_method",
+    "layer_policies": "quant_method",
+    "activation_dtype": "weight_dtype",
+    "act_quant_granularity": "activation_dtype",
+    "weight_quant_granularity": "weight_dtype",
+    "group_size": "weight_dtype",
+    "kvcache_quant_granularity": "kvcache_dtype",
+}
+
+
+def check_scheme(scheme: QuantScheme) -> None:
+    """Raise QuantError for a value outside its list, or a combination that cannot be computed."""
+    for name, allowed in ALLOWED.items():
+        _check_choice(name, getattr(scheme, name), allowed)
+    _check_types(scheme)
+    _check_method(scheme)
+    _check_effects(scheme)
+    _check_groups(scheme)
+    _check_activations(scheme)
+    _check_supported(scheme)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence: `did you mean …?`, or the whole list."""
+    close = get_close_matches(word.replace("-", ""), list(known), n=1, cutoff=0.3)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}."
+
+
+def _check_choice(name: str, value: object, allowed: tuple[str | None, ...]) -> None:
+    if value in allowed:
+        return
+    names = [str(item) for item in allowed if item is not None]
+    shown = ", ".join(["null" if item is None else item for item in allowed])
+    raise QuantError(
+        f"`quant.{name}` must be one of {shown}, but is {value!r}; {nearest(str(value), names)}"
+    )
+
+
+def _check_types(scheme: QuantScheme) -> None:
+    """What a manifest or a YAML file may hold where the command line's schema does not look."""
+    patterns, arguments = scheme.modules_to_not_convert, scheme.algorithm_args
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise QuantError(
+            f"`quant.modules_to_not_convert` must be a list of patterns, but is {list(patterns)!r}."
+        )
+    if not isinstance(arguments, Mapping):
+        raise QuantError(f"`quant.algorithm_args` must be a mapping, but is {arguments!r}.")
+    size = scheme.group_size
+    if size is not None and (type(size) is not int or size not in GROUP_SIZES):
+        raise QuantError(
+            f"`quant.group_size` must be null or one of {', '.join(map(str, GROUP_SIZES))}, "
+            f"but is {size!r}."
+        )
+
+
+def _check_method(scheme: QuantScheme) -> None:
+    """A method that has nothing to quantize, or something to quantize without one, is refused."""
+    targets = (scheme.weight_dtype, scheme.activation_dtype, scheme.kvcache_dtype)
+    if scheme.quant_method is None and any(targets):
+        raise QuantError(
+            "`quant.quant_method` must be rtn where a quant dtype is set, but is null; "
+            "write quant=rtn_a16w8, or quant.quant_method=rtn."
+        )
+    if scheme.quant_method is not None and not any(targets) and not scheme.layer_policies:
+        raise QuantError(
+            f"`quant.quant_method` is {scheme.quant_method}, but weight_dtype, activation_dtype and "
+            "kvcache_dtype are all null, so nothing would be quantized; set one, or write quant=none."
+        )
+
+
+def _check_effects(scheme: QuantScheme) -> None:
+    defaults = {item.name: item.default for item in fields(scheme)}
+    for name, needed in _NEEDS.items():
+        value = getattr(scheme, name)
+        is_set = bool(value) if defaults[name] is MISSING else value != defaults[name]
+        if is_set and getattr(scheme, needed) is None:
+            shown = list(value) if isinstance(value, tuple) else value
+            raise QuantError(
+                f"`quant.{name}` is {shown!r}, which has no effect while quant.{needed} is null; "
+                f"set quant.{needed} too, or leave it out."
+            )
+
+
+def _check_groups(scheme: QuantScheme) -> None:
+    is_grouped = scheme.weight_quant_granularity == "per_group"
+    if is_grouped and scheme.group_size is None:
+        raise QuantError(
+            "`quant.weight_quant_granularity` is per_group, but quant.group_size is null; "
+            f"write one of {', '.join(map(str, GROUP_SIZES))}."
+        )
+    if not is_grouped and scheme.group_size is not None:
+        raise QuantError(
+            f"`quant.group_size` is {scheme.group_size}, which has no effect while "
+            "quant.weight_quant_granularity is per_channel; write per_group there, or leave it out."
+        )
+
+
+def _check_activations(scheme: QuantScheme) -> None:
+    """A static scale of the whole tensor beside 4-bit weights is in nobody's table."""
+    if (
+        scheme.weight_dtype == "int4"
+        and scheme.activation_dtype == "int8"
+        and scheme.act_quant_granularity == "per_tensor"
+    ):
+        raise QuantError(
+            "`quant.act_quant_granularity` must be per_token beside int4 weights, but is "
+            "'per_tensor'; write per_token, or quant.weight_dtype=int8."
+        )
+
+
+def _check_supported(scheme: QuantScheme) -> None:
+    for name, value, reason, remedy in _NOT_YET:
+        if getattr(scheme, name) == value:
+            raise QuantError(
+                f"`quant.{name}` = {value!r} {reason}; {remedy} (nothing is left out silently)."
+            )
+    if scheme.algorithm_args:
+        raise QuantError(
+            f"`quant.algorithm_args` is {dict(scheme.algorithm_args)!r}, but "
+            f"{scheme.quant_method} takes no arguments; leave it out."
+        )
