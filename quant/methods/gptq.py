@@ -28,7 +28,7 @@ from quant.numeric import Grid, weight_scale
 # Columns whose errors wait until the block is done; the paper's.
 BLOCK_COLUMNS = 128
 # Rows of a Hessian that are moved at a time.
-STRIP_ROWS = 512
+STRIP_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,7 @@ class _Rounding:
         self.order_K, self.lower_KK = factor.order_K, factor.lower_KK
         self.grid, self.scale_dtype = grid, scale_dtype
         self.num_columns = weight_RK.shape[1]
+        self._group_size = grid.group_size or self.num_columns
         self.weight_KR = weight_RK.T[self.order_K]
         self.error_KR = torch.zeros_like(self.weight_KR)
         self.values_KR = torch.empty(self.weight_KR.shape, dtype=torch.int8)
@@ -164,8 +165,10 @@ class _Rounding:
         # What the columns that are done have left over, for the whole block at once.
         carried_BR = self.lower_KK[later, columns].T @ self.error_KR[later] / diagonal_B1
         best_BR = self.weight_KR[columns] + carried_BR
-        scale_BR = self._scales(columns, best_BR)
-        error_BR = self.weight_KR[columns] * 0.0
+        if not self.is_static:
+            self._set_late_scale(columns, lower_BB, carried_BR)
+        scale_BR = self._scales(columns)
+        error_BR = torch.zeros_like(best_BR)
         values_BR = self.values_KR[columns]
         for j in range(len(best_BR) - 1, -1, -1):
             wanted_R = torch.addmv(best_BR[j], error_BR[j + 1 :].T, lower_BB[j + 1 :, j])
@@ -174,15 +177,25 @@ class _Rounding:
             torch.sub(self.weight_KR[columns.start + j], q_R * scale_BR[j], out=error_BR[j])
         self.error_KR[columns] = error_BR
 
-    def _scales(self, columns: slice, best_BR: Tensor) -> Tensor:
+    def _set_late_scale(self, columns: slice, lower_BB: Tensor, carried_BR: Tensor) -> None:
+        """The scale of a group, of its weights as they would be with nothing more to round.
+
+        `best` takes the columns of the block before its own for exact; here they move as well, so
+        that what each has to carry is solved for together.
+        """
+        groups_B = self.order_K[columns] // self._group_size
+        assert bool((groups_B == groups_B[0]).all()), "a block is a group"
+        moves_BR = torch.linalg.solve_triangular(
+            lower_BB.T, carried_BR, upper=True, unitriangular=True
+        )
+        moved_BR = self.weight_KR[columns] + moves_BR
+        self.scale_RG[:, groups_B[:1]] = weight_scale(
+            moved_BR.T, Grid(self.grid.bits), self.scale_dtype
+        )
+
+    def _scales(self, columns: slice) -> Tensor:
         """float32 [B, R]: the stored scale of each column of the block."""
-        size = self.grid.group_size or self.num_columns
-        groups_B = self.order_K[columns] // size
-        if not self.is_static:
-            assert bool((groups_B == groups_B[0]).all()), "a block is a group"
-            whole = Grid(self.grid.bits)
-            found_R1 = weight_scale(best_BR.T, whole, self.scale_dtype)
-            self.scale_RG[:, groups_B[:1]] = found_R1
+        groups_B = self.order_K[columns] // self._group_size
         return self.scale_RG.float()[:, groups_B].T.contiguous()
 
 
