@@ -36,6 +36,7 @@ from parallel.calibration.walk import Calibration, calibrate
 from parallel.checkpoint.open import open_checkpoint
 from parallel.group import LoneGroup
 from quant.calibrate import Hessian
+from quant.methods.awq import awq_scales
 from quant.methods.gptq import GPTQArguments, factor, round_rows
 from quant.methods.layer import INPUTS
 from quant.methods.ptq import Recipe
@@ -112,7 +113,7 @@ def compare_gptq(samples: list[list[int]]) -> None:
             same, error = float("nan"), float("nan")
             if index == 0:
                 x = inputs[next(key for key, names in INPUTS.items() if name in names)]
-                weight = first.products[name].weight
+                weight = first.products[name].weight.float()
                 same = same_hessian(weight, x, arguments, args)
                 wanted = x @ weight.T
                 errors = [
@@ -146,14 +147,37 @@ def compare_awq(samples: list[list[int]]) -> None:
     )  # fmt: skip
     layers = ours(samples, suppression="awq", folds=tuple(INPUTS))
     stored = AutoModelForCausalLM.from_pretrained(DEMO, dtype=DTYPE)
-    print(f"\n{'AWQ scale of':42}{'largest relative difference':>28}")
+    first, inputs = inputs_of(samples)
+    print(
+        f"\n{'AWQ scale of':42}{'difference':>12}{'ratio: ours, theirs (distance from the formula)':>50}"
+    )
     for index, layer in enumerate(layers):
-        for name in ("input_layernorm", "post_attention_layernorm"):
+        for name, read in (
+            ("input_layernorm", "qkv_proj"),
+            ("post_attention_layernorm", "gate_up_proj"),
+        ):
             path = f"model.layers.{index}.{name}"
             before = stored.get_submodule(path).weight.detach()
             theirs = before / peer.get_submodule(path).weight.detach()
             mine = before / layer.floats[f"{name}.weight"]
-            print(f"layers.{index}.{name:33}{((mine - theirs) / theirs).abs().max().item():28.2e}")
+            line = f"layers.{index}.{name:33}{largest_difference(mine, theirs):12.2e}"
+            if index == 0:
+                candidates = awq_scales(first, read, inputs[read].abs().mean(dim=0), GRID)
+                line += "".join(
+                    f"{nearest_ratio(scale, candidates):>25}" for scale in (mine, theirs)
+                )
+            print(line)
+
+
+def largest_difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((found - wanted) / wanted).abs().max().item()
+
+
+def nearest_ratio(scale: torch.Tensor, candidates: list[torch.Tensor]) -> str:
+    """Which of our candidates a scale is, and how far it is from that."""
+    differences = [largest_difference(scale, candidate) for candidate in candidates]
+    best = differences.index(min(differences))
+    return f"{'none' if best == 0 else (best - 1) / 20} ({differences[best]:.1e})"
 
 
 def main() -> None:
@@ -162,6 +186,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
+    if not torch.cuda.is_available():  # llm-compressor's AWQ pins its samples' memory for a GPU
+        torch.Tensor.pin_memory = lambda self: self
     samples = calibration_tokens(given.samples, given.length)
     print(f"{len(samples)} samples of {given.length} tokens; int4, groups of 32")
     compare_gptq(samples)

@@ -382,8 +382,9 @@ def test_anonymous_memory_is_a_layer_and_a_half(method):
     assert done.returncode == 0, done.stderr
     peak = int(done.stdout.split()[0])
     hessians = 2 * 4 * 2816**2 if method == "gptq" else 0
-    # Activations of 128 tokens, and two threads' blocks of 256 rows as floats, a few times over.
-    slack = 2 * 4 * 4 * 256 * 2816
+    # Activations of 128 tokens, and two threads' blocks of 256 rows as floats, six times over. Two
+    # layers' worth of floats would still be seen.
+    slack = 2 * 6 * 4 * 256 * 2816
     assert peak < 1.5 * LAYER_BYTES + hessians + slack, (peak, LAYER_BYTES)
 
 
