@@ -91,8 +91,10 @@ class Product:
 
     def column_amax(self) -> Tensor:
         """float32 [K]: the largest absolute value of each column."""
-        parts = [self.rows(rows).abs().amax(dim=0) for rows in blocks(self.shape[0])]
-        return torch.stack(parts).amax(dim=0)
+        amax_K = torch.zeros(self.shape[1])
+        for rows in blocks(self.shape[0]):
+            torch.maximum(amax_K, self.rows(rows).abs_().amax(dim=0), out=amax_K)
+        return amax_K
 
     def __call__(self, x_MK: Tensor) -> Tensor:
         """[M, N] in x's dtype."""
