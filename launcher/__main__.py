@@ -16,7 +16,7 @@ from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import EXIT_FAILED, EXIT_USER, USER_ERRORS, RunError, one_line
 from launcher.help import help_text
 from launcher.schema import Config, to_yaml
-from launcher.tasks import RANK_TASKS, TASKS, check_effects, local_task
+from launcher.tasks import TASKS, check_effects, has_ranks, local_task
 from launcher.timeline import Timeline
 
 
@@ -60,7 +60,7 @@ def _run_task(config: Config, environment: WorkerEnvironment, timeline: Timeline
         from launcher.ranks.scheduler import host_until_done
 
         return host_until_done(environment, config.parallel.start_timeout_s)
-    if config.task.name not in RANK_TASKS:
+    if not has_ranks(config):
         # Several processes were started for a task that has one part: the first does it.
         if environment.rank in (None, 0):
             with _orderly_end():

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from launcher.calibration_texts import CalibrationTexts
 from launcher.exam import Exam
 from launcher.failures import ConfigError
 from launcher.schema import Config, from_yaml, to_yaml
@@ -40,11 +41,15 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Job:
-    """A resolved configuration and its prompts, or what eval asks; equal bytes on every rank."""
+    """A resolved configuration and what it works on: prompts, what eval asks, texts to calibrate with.
+
+    Equal bytes on every rank.
+    """
 
     config: Config
     prompts: tuple[Prompt, ...]
     exam: Exam = Exam()
+    texts: CalibrationTexts = CalibrationTexts()
 
     @property
     def checkpoint(self) -> Path:
@@ -63,6 +68,8 @@ class Job:
         entries: Iterable[dict[str, Any]] = (prompt.to_dict() for prompt in self.prompts)
         if self.config.task.name == "eval":
             entries = self.exam.to_dicts()
+        elif self.config.task.name == "prepare":
+            entries = self.texts.to_dicts()
         return "".join(json.dumps(entry) + "\n" for entry in entries)
 
     @classmethod
@@ -71,6 +78,8 @@ class Job:
         entries = list(map(json.loads, prompts_text.splitlines()))
         if config.task.name == "eval":
             return cls(config, (), Exam.from_dicts(entries))
+        if config.task.name == "prepare":
+            return cls(config, (), texts=CalibrationTexts.from_dicts(entries))
         return cls(config, tuple(map(Prompt.from_dict, entries)))
 
 

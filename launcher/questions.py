@@ -18,6 +18,9 @@ from launcher.text import Tokenizer, num_shared
 from launcher.text_file import beginning, has_lone_surrogate, json_lines, read_text
 from parallel.errors import PromptError
 
+# lm-evaluation-harness's for BoolQ; the demo model knows one form alone.
+TEMPLATE = "{passage}\nQuestion: {question}?\nAnswer:"
+DEMO_TEMPLATE = "Passage: {passage} Question: {question}? Answer:"
 _FIELDS = ("passage", "question")
 _KINDS: tuple[tuple[str, type, str], ...] = (
     ("question", str, "a string"),

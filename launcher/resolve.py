@@ -54,6 +54,8 @@ def resolve(config: Config, environment: WorkerEnvironment) -> Resolved:
     scheme = config.quant.scheme()
     checkpoint = open_job(config)
     path = checkpoint.path
+    if scheme.needs_calibration and checkpoint.prepared_size is None:
+        _check_calibrates(config)
     default = DEMO_TP if path == DEMO else 1
     size, notes = decide_size(environment, config.parallel.tp, checkpoint.prepared_size, default)
     is_random = is_shape_alone(config)
@@ -66,6 +68,16 @@ def resolve(config: Config, environment: WorkerEnvironment) -> Resolved:
     if not is_random:
         notes += _override_notes(path, model_overrides(config)) + _sampling_note(checkpoint)
     return Resolved(config, checkpoint, layout, notes)
+
+
+def _check_calibrates(config: Config) -> None:
+    """What needs calibration is made by prepare alone; plan only counts it."""
+    if config.task.name not in ("prepare", "plan"):
+        raise ConfigError(
+            f"`quant` {config.quant.scheme().label} by {config.quant.quant_method} needs calibration, "
+            f"which {config.task.name} does not do; run shardrun prepare with it first, and give "
+            "checkpoint=DIRECTORY of what that wrote."
+        )
 
 
 def open_job(config: Config) -> Checkpoint:
@@ -92,6 +104,10 @@ def make_job(
         from launcher.tasks.bench_sizes import make_bench_job
 
         return make_bench_job(config, environment, chooses_kernel=reads_prompts)
+    if config.task.name == "prepare":
+        from launcher.tasks.prepare_job import make_prepare_job
+
+        return make_prepare_job(config, environment, reads_texts=reads_prompts)
     if config.task.name == "eval":
         from launcher.tasks.eval_job import make_eval_job
 

@@ -82,12 +82,12 @@ class ModelSection:
 class QuantSection:
     """What is quantized; `quant=NAME` takes a preset, `quant.FIELD=…` changes a field of it."""
 
-    quant_method: str | None = _key(None, "rtn, or null for none")
+    quant_method: str | None = _key(None, "rtn, smooth_quant, ptq, or null for none")
     weight_dtype: str | None = _key(None, "int8, int4 or null")
     activation_dtype: str | None = _key(None, "null: activations stay in the compute dtype")
     kvcache_dtype: str | None = _key(None, "null: the KV cache is in the compute dtype")
-    outliers_suppression: str | None = _key(None, "null")
-    precision_recovery: str | None = _key(None, "null")
+    outliers_suppression: str | None = _key(None, "smooth, awq or null; of ptq")
+    precision_recovery: str | None = _key(None, "gptq or null; of ptq")
     modules_to_not_convert: list[str] = _key(
         ["lm_head"], "patterns of modules left alone, on the whole path or the last component"
     )
@@ -99,10 +99,37 @@ class QuantSection:
     layer_policies: list[Any] = _key(
         [], "other fields for some modules, as in [{pattern:'*.down_proj',weight_dtype:int8}]"
     )
+    max_perplexity_increase: float | None = _key(
+        None,
+        "percent by which the held-out perplexity may grow in prepare; above it nothing is written",
+        _at_least(0),
+    )
 
     def scheme(self) -> QuantScheme:
         """The checked scheme. Raises QuantError."""
-        return QuantScheme.from_dict(dataclasses.asdict(self))
+        values = dataclasses.asdict(self)
+        del values["max_perplexity_increase"]  # of a run, not of what it makes
+        return QuantScheme.from_dict(values)
+
+
+@dataclass
+class CalibrationSection:
+    """The texts that `prepare` calibrates with, where the scheme needs some or a file is given."""
+
+    data: str | None = _key(
+        None, "BoolQ's .jsonl, any .jsonl with a text field, or a plain text; - is stdin"
+    )
+    text_field: str | None = _key(
+        None, "the field of a .jsonl; null: text, or BoolQ's passage and question"
+    )
+    num_samples: int = _key(128, "texts, drawn by `seed`", _at_least(1))
+    max_length: int | None = _key(
+        None, "tokens of a text, longer ones are cut; null: the context, at most 512", _at_least(2)
+    )
+    held_out: str | None = _key(
+        None, "a file of texts for the perplexity in the report; null: others of calibration.data"
+    )
+    num_held_out: int = _key(16, "texts of that, each of at most max_length tokens", _at_least(0))
 
 
 @dataclass
@@ -273,6 +300,7 @@ class Config:
     parallel: ParallelSection = field(default_factory=ParallelSection)
     generation: GenerationSection = field(default_factory=GenerationSection)
     plan: PlanSection = field(default_factory=PlanSection)
+    calibration: CalibrationSection = field(default_factory=CalibrationSection)
     verify: VerifySection = field(default_factory=VerifySection)
     eval: EvalSection = field(default_factory=EvalSection)
     bench: BenchSection = field(default_factory=BenchSection)
@@ -291,7 +319,10 @@ class Config:
     prompt: str | None = _key(None, "one prompt, taken as it is typed")
     prompts: list[str] | None = _key(None, "several prompts, a Hydra list: ['one','two']")
     prompts_file: str | None = _key(None, "a text file, one prompt a line; or .jsonl; - is stdin")
-    seed: int = _key(0, "of random weights and prompts (sampling has generation.seed)")
+    seed: int = _key(
+        0,
+        "of random weights and prompts, and of which texts calibrate (sampling has generation.seed)",
+    )
     run_root: str = _key("outputs", "where run directories are made")
 
 
@@ -305,6 +336,8 @@ VERBATIM = (
     "prompt",
     "run_root",
     "verify.original",
+    "calibration.data",
+    "calibration.held_out",
     "eval.original",
     "eval.text",
     "eval.questions",

@@ -78,6 +78,20 @@ class QuantScheme:
         )
 
     @property
+    def suppression(self) -> str | None:
+        """What is done about outliers: "smooth", "awq" or None."""
+        return "smooth" if self.quant_method == "smooth_quant" else self.outliers_suppression
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it takes texts to quantize so."""
+        is_static = self.activation_dtype is not None and self.act_quant_granularity == "per_tensor"
+        has_static_cache = (
+            self.kvcache_dtype is not None and self.kvcache_quant_granularity == "per_channel"
+        )
+        return self.quant_method in ("smooth_quant", "ptq") or is_static or has_static_cache
+
+    @property
     def label(self) -> str:
         """The field's short name of the scheme, such as `w4a16 g128`; `none`; `mixed` with policies."""
         if not self.quantizes_weights:

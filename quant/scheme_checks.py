@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from quant.errors import QuantError
+from quant.method_checks import check_method
 
 if TYPE_CHECKING:
     from quant.scheme import QuantScheme
@@ -29,11 +30,6 @@ GROUP_SIZES = (32, 64, 128)
 # one is to drop its line.
 _CALIBRATED = "needs calibration data, and cannot be run by this version"
 _NOT_YET: tuple[tuple[str, str, str, str], ...] = (
-    ("quant_method", "smooth_quant", _CALIBRATED, "write rtn"),
-    ("quant_method", "ptq", _CALIBRATED, "write rtn"),
-    ("outliers_suppression", "smooth", _CALIBRATED, "leave it out"),
-    ("outliers_suppression", "awq", _CALIBRATED, "leave it out"),
-    ("precision_recovery", "gptq", _CALIBRATED, "leave it out"),
     ("kvcache_quant_granularity", "per_channel", _CALIBRATED, "leave it out"),
     (
         "kvcache_dtype",
@@ -54,6 +50,8 @@ _NEEDS: Mapping[str, str] = {
     "modules_to_not_convert": "quant_method",
     "algorithm_args": "quant_method",
     "layer_policies": "quant_method",
+    "outliers_suppression": "weight_dtype",
+    "precision_recovery": "weight_dtype",
     "activation_dtype": "weight_dtype",
     "act_quant_granularity": "activation_dtype",
     "weight_quant_granularity": "weight_dtype",
@@ -71,6 +69,7 @@ def check_scheme(scheme: QuantScheme) -> None:
     _check_effects(scheme)
     _check_groups(scheme)
     _check_activations(scheme)
+    check_method(scheme)
     _check_supported(scheme)
 
 
@@ -168,8 +167,3 @@ def _check_supported(scheme: QuantScheme) -> None:
             raise QuantError(
                 f"`quant.{name}` = {value!r} {reason}; {remedy} (nothing is left out silently)."
             )
-    if scheme.algorithm_args:
-        raise QuantError(
-            f"`quant.algorithm_args` is {dict(scheme.algorithm_args)!r}, but "
-            f"{scheme.quant_method} takes no arguments; leave it out."
-        )

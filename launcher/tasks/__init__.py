@@ -22,7 +22,10 @@ TASKS = {
         "prompts -> text, on one rank or several",
         ("generation", "quant", "parallel", "model"),
     ),
-    "prepare": ("checkpoint -> quantized shards for each rank", ("quant", "parallel", "model")),
+    "prepare": (
+        "checkpoint -> quantized shards for each rank",
+        ("calibration", "quant", "parallel", "model"),
+    ),
     "plan": (
         "what each rank will hold, and which sizes work",
         ("plan", "quant", "parallel", "model", "generation"),
@@ -49,6 +52,8 @@ TASKS = {
     "env": ("what this process sees: launcher, rank, devices", ("parallel",)),
 }
 RANK_TASKS = ("generate", "verify", "eval", "bench")
+# Where a task's part on each rank is, unless its own module has it.
+_RANK_MODULES = {"prepare": "calibrate"}
 _SECTIONS = {key.partition(".")[0] for _, keys in TASKS.values() for key in keys}
 # Keys that only these tasks read, of sections that others read as well.
 _READERS = {
@@ -56,7 +61,8 @@ _READERS = {
     "prompts": ("generate", "verify"),
     "prompts_file": ("generate", "verify"),
     "parallel.simulate_rank": ("bench",),
-    "seed": ("bench",),
+    "seed": ("bench", "prepare"),
+    "quant.max_perplexity_increase": ("prepare",),
 }
 
 
@@ -72,9 +78,18 @@ def check_effects(words: list[str], task: str) -> None:
 
 def rank_task(name: str) -> Callable[[Rank], None]:
     """A task's part on one rank."""
-    assert name in RANK_TASKS
-    function: Callable[[Rank], None] = import_module(f"launcher.tasks.{name}").run_rank
+    module = _RANK_MODULES.get(name, name)
+    function: Callable[[Rank], None] = import_module(f"launcher.tasks.{module}").run_rank
     return function
+
+
+def has_ranks(config: Config) -> bool:
+    """Whether the task runs on the ranks; prepare does where it calibrates."""
+    if config.task.name == "prepare":
+        from launcher.tasks.prepare_job import calibrates
+
+        return calibrates(config)
+    return config.task.name in RANK_TASKS
 
 
 def local_task(name: str) -> Callable[[Config, WorkerEnvironment], None]:

@@ -11,7 +11,14 @@ from launcher.failures import ConfigError
 from launcher.host.kernels import choose_kernel
 from launcher.job import Job
 from launcher.progress import open_bar
-from launcher.questions import Form, check_template, make_questions, read_items
+from launcher.questions import (
+    DEMO_TEMPLATE,
+    TEMPLATE,
+    Form,
+    check_template,
+    make_questions,
+    read_items,
+)
 from launcher.resolve import DEMO, Resolved, check_effects, check_gpus, check_original, resolve
 from launcher.schema import Config, EvalSection
 from launcher.text import Tokenizer, num_shared, open_tokenizer
@@ -21,9 +28,6 @@ from quant.scheme import QuantScheme
 
 # As in GPTQ (Frantar et al., 2022) and after it: the window of most published perplexities.
 _LONGEST_DEFAULT_WINDOW = 2048
-# lm-evaluation-harness's for BoolQ; the demo model knows one form alone.
-_TEMPLATE = "{passage}\nQuestion: {question}?\nAnswer:"
-_DEMO_TEMPLATE = "Passage: {passage} Question: {question}? Answer:"
 
 
 def make_eval_job(
@@ -87,7 +91,7 @@ def _settle(section: EvalSection, context: int, *, is_demo: bool) -> EvalSection
         section,
         window=window,
         stride=section.stride or max(1, window // 2),
-        template=section.template or (_DEMO_TEMPLATE if is_demo else _TEMPLATE),
+        template=section.template or (DEMO_TEMPLATE if is_demo else TEMPLATE),
     )
     _check_window(section, context)
     assert section.template is not None

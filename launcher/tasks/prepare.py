@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 from launcher.environment.worker import WorkerEnvironment
-from launcher.failures import ConfigError
 from launcher.resolve import Resolved, model_overrides, resolve
 from launcher.schema import Config
+from launcher.tasks.prepare_job import check_prepare
 
 # Each works on a tensor of its own: memory is bounded by so many of them, not by the cores.
 _MOST_THREADS = 8
@@ -22,7 +22,7 @@ def run(config: Config, environment: WorkerEnvironment) -> None:
     Raises:
         ConfigError: no checkpoint or output is named, or `output` exists.
     """
-    output = _check(config)
+    output = check_prepare(config)
     resolved = resolve(config, environment)
     for note in resolved.notes:
         print(f"shardrun: {note}", file=sys.stderr)
@@ -34,20 +34,6 @@ def run(config: Config, environment: WorkerEnvironment) -> None:
     started = time.perf_counter()
     num_bytes = _write(resolved, output, num_threads)
     _print_summary(resolved, output, num_bytes, time.perf_counter() - started)
-
-
-def _check(config: Config) -> Path:
-    if config.output is None:
-        raise ConfigError("prepare needs `output`; write output=DIRECTORY.")
-    if config.dtype != "auto":
-        raise ConfigError(
-            f"`dtype` must be auto for prepare, which keeps the checkpoint's dtype, but is "
-            f"{config.dtype}; give dtype to generate."
-        )
-    output = Path(config.output).absolute()
-    if os.path.lexists(output):
-        raise ConfigError(f"`output` {output} exists already; choose another or remove it.")
-    return output
 
 
 def _write(resolved: Resolved, output: Path, num_threads: int) -> int:

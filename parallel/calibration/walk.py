@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from parallel.calibration.forward import LayerForward
+from parallel.calibration.held_out import HeldOut
 from parallel.calibration.read import embed, read_layer
 from parallel.calibration.result import CalibratedLayer, LayerError, collect
 from parallel.calibration.samples import RankSamples, deal, lone_threads
@@ -23,6 +24,7 @@ from parallel.checkpoint.calibration_state import CalibrationState
 from parallel.checkpoint.source import Source
 from parallel.group import Group
 from parallel.model.config import ModelConfig
+from quant.methods.layer import Layer
 from quant.methods.ptq import Recipe, quantize_layer
 
 # Samples whose sums are put together before they meet those of others. Part of the result's bits.
@@ -39,6 +41,7 @@ class Calibration:
         recipe_of: what is done to a layer, by its index; None: it stays as it is.
         dtype: the compute dtype.
         block_samples: see BLOCK_SAMPLES.
+        held_out_ids: texts that pass the layers without a say in the result.
     """
 
     config: ModelConfig
@@ -47,6 +50,7 @@ class Calibration:
     recipe_of: Callable[[int], Recipe | None]
     dtype: torch.dtype = torch.float32
     block_samples: int = BLOCK_SAMPLES
+    held_out_ids: Sequence[Sequence[int]] = ()
 
     def __post_init__(self) -> None:
         assert self.token_ids, "there are samples"
@@ -54,17 +58,25 @@ class Calibration:
 
     @property
     def longest_sample(self) -> int:
-        """Tokens."""
-        return max(map(len, self.token_ids))
+        """Tokens, held-out texts included."""
+        return max(map(len, (*self.token_ids, *self.held_out_ids)))
 
-    def identity(self, group: Group) -> str:
-        """A sum of all that the result, and its division among the ranks, depend on."""
+    def identity(self) -> str:
+        """A sum of all that the result depends on."""
         recipes = [repr(self.recipe_of(index)) for index in range(self.config.num_hidden_layers)]
         said = [
             repr(self.config), self.source.identity(), [list(ids) for ids in self.token_ids],
-            recipes, str(self.dtype), self.block_samples, group.size,
+            recipes, str(self.dtype), self.block_samples,
         ]  # fmt: skip
-        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+        return _sum(said)
+
+    def state_identity(self, group: Group) -> str:
+        """A sum of all that the files of an unfinished calibration depend on."""
+        return _sum([self.identity(), [list(ids) for ids in self.held_out_ids], group.size])
+
+
+def _sum(said: object) -> str:
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def calibrate(
@@ -74,6 +86,7 @@ def calibrate(
     state_dir: Path | None = None,
     num_threads: int | None = None,
     on_layer: Callable[[int], object] = lambda index: None,
+    held_out: HeldOut | None = None,
 ) -> Iterator[CalibratedLayer]:
     """Each decoder layer as it becomes, whole, on every rank; the same bits on any number of ranks
     and threads.
@@ -84,6 +97,7 @@ def calibrate(
         num_threads: of this rank, each of which holds the activations of a sample; torch's own
             number if None.
         on_layer: told each layer's index when it is begun.
+        held_out: texts that pass the layers too; asked for their perplexities when all are done.
 
     Raises:
         CheckpointError: a damaged weight, or a `state_dir` of another calibration.
@@ -91,23 +105,32 @@ def calibrate(
     """
     state = None
     if state_dir is not None:
-        state = CalibrationState(state_dir, calibration.identity(group), group)
+        state = CalibrationState(state_dir, calibration.state_identity(group), group)
     first = state.next_layer() if state else 0
     for index in range(first):
         assert state is not None, "something was kept"
         yield CalibratedLayer.from_tensors(index, state.layer(index))
     rounds = deal(len(calibration.token_ids), calibration.block_samples, group)
     forward = LayerForward(calibration.config, calibration.dtype, calibration.longest_sample)
-    hidden = state.hidden(first) if state and first else _embed(calibration, rounds)
+    count = len(calibration.token_ids)
+    if state and first:
+        kept = state.hidden(first)
+        hidden = {index: x_TD for index, x_TD in kept.items() if index < count}
+        if held_out is not None:
+            held_out.from_tensors(count, kept)
+    else:
+        hidden = _embed(calibration, rounds)
+        if held_out is not None:
+            held_out.begin(calibration.source, group, calibration.dtype)
     for index in range(first, calibration.config.num_hidden_layers):
         on_layer(index)
         with lone_threads(num_threads) as threads:
-            count = len(calibration.token_ids)
             samples = RankSamples(group, forward, threads, hidden, rounds, count)
-            done = _walk_layer(calibration, index, samples)
+            done = _walk_layer(calibration, index, samples, held_out)
         hidden = samples.hidden
         if state is not None:
-            state.save(index, done.to_tensors(), hidden)
+            streams = held_out.to_tensors(count) if held_out else {}
+            state.save(index, done.to_tensors(), hidden | streams)
         yield done
 
 
@@ -116,9 +139,22 @@ def _embed(calibration: Calibration, rounds: Sequence[range]) -> dict[int, Tenso
     return embed(calibration.source, mine, calibration.dtype)
 
 
-def _walk_layer(calibration: Calibration, index: int, samples: RankSamples) -> CalibratedLayer:
+def _walk_layer(
+    calibration: Calibration, index: int, samples: RankSamples, held_out: HeldOut | None
+) -> CalibratedLayer:
     """Read a layer, quantize it, and put the samples behind it."""
     layer = read_layer(calibration.source, calibration.config, index)
+    if held_out is not None:
+        held_out.pass_float(samples.forward, samples.threads, layer)
+    done = _quantize_layer(calibration, index, layer, samples)
+    if held_out is not None:
+        held_out.pass_rounded(samples.forward, samples.threads, layer)
+    return done
+
+
+def _quantize_layer(
+    calibration: Calibration, index: int, layer: Layer, samples: RankSamples
+) -> CalibratedLayer:
     recipe = calibration.recipe_of(index)
     if recipe is None:
         samples.hidden = dict(samples.outputs(layer))

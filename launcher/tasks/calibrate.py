@@ -1,0 +1,126 @@
+"""The part of each rank in a `prepare` that calibrates; rank 0 writes the shards and the report."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from launcher.failures import RunError
+from launcher.progress import open_bar
+from launcher.ranks.rank import Rank
+from launcher.resolve import model_overrides
+from launcher.tasks.prepare_report import Report, write_report
+from parallel.calibration.held_out import HeldOut, Perplexities
+from parallel.calibration.recipes import recipe_of
+from parallel.calibration.result import MODULES, LayerError
+from parallel.calibration.walk import Calibration, calibrate
+from parallel.checkpoint.layout import Layout
+from parallel.checkpoint.open import Checkpoint, open_checkpoint
+from parallel.checkpoint.readers.calibrated import CalibratedSource
+from parallel.checkpoint.store import source_bytes, write_prepared
+
+# Each works on a tensor of its own: memory is bounded by so many of them.
+_MOST_THREADS = 8
+
+
+def run_rank(rank: Rank) -> None:
+    """One rank's part.
+
+    Raises:
+        RunError: the perplexity has grown by more than is allowed; nothing is written then.
+    """
+    job = rank.job
+    output = Path(str(job.config.output))
+    checkpoint = open_checkpoint(job.checkpoint, model_overrides(job.config))
+    layout = checkpoint.layout(
+        job.config.quant.scheme(), vocab_emb_dp=job.config.parallel.vocab_emb_dp
+    )
+    state_dir = output.with_name(f".{output.name}.calibration")
+    started = time.perf_counter()
+    calibration = _calibration(rank, checkpoint, layout)
+    errors, found = _walk(rank, calibration, layout, state_dir)
+    if rank.group.rank != 0:
+        return
+    calibrated_s = time.perf_counter() - started
+    _check_gate(job.config.quant.max_perplexity_increase, found, state_dir)
+    _write(rank, _calibrated(checkpoint, layout, calibration, state_dir), layout, output)
+    shutil.rmtree(state_dir)
+    report = Report(layout, checkpoint.source, job, errors, found, calibrated_s)
+    write_report(report, output, rank.run_dir)
+
+
+def _calibration(rank: Rank, checkpoint: Checkpoint, layout: Layout) -> Calibration:
+    texts = rank.job.texts
+    return Calibration(
+        checkpoint.config,
+        checkpoint.source,
+        texts.samples,
+        partial(recipe_of, layout),
+        torch.float32,
+        held_out_ids=texts.held_out,
+    )
+
+
+def _walk(
+    rank: Rank, calibration: Calibration, layout: Layout, state_dir: Path
+) -> tuple[list[LayerError], Perplexities | None]:
+    """Each layer's error, and the perplexities where there are texts for them."""
+    held_out = HeldOut(calibration.held_out_ids) if calibration.held_out_ids else None
+    errors = []
+    with _bar(rank, calibration.config.num_hidden_layers, "calibrating", unit="layer") as bar:
+        for layer in calibrate(calibration, rank.group, state_dir=state_dir, held_out=held_out):
+            errors.append(layer.error)
+            bar.update()
+    if held_out is None:
+        return errors, None
+    count = len(held_out.floats) + len(held_out.rounded)
+    with _bar(rank, count, "perplexity", unit="text") as bar:
+        return errors, held_out.perplexities(
+            layout, calibration.source, rank.group, on_text=bar.update
+        )
+
+
+def _calibrated(
+    checkpoint: Checkpoint, layout: Layout, calibration: Calibration, state_dir: Path
+) -> CalibratedSource:
+    files = sorted(state_dir.glob("layer_*.safetensors"))
+    assert len(files) == layout.config.num_hidden_layers, files
+    bits = {name: scheme.bits for name, scheme in layout.schemes.items()}
+    return CalibratedSource(checkpoint.source, files, MODULES, bits, calibration.identity())
+
+
+def _check_gate(most: float | None, found: Perplexities | None, state_dir: Path) -> None:
+    if most is None or found is None or found.increase <= most:
+        return
+    raise RunError(
+        f"the perplexity of the held-out texts grew by {found.increase:.2f} % "
+        f"({found.before.perplexity:.4f} to {found.after.perplexity:.4f}), more than "
+        f"`quant.max_perplexity_increase`, {most:g} %; nothing was written. The calibration is kept in "
+        f"{state_dir}: a run with a higher limit goes on from there, or remove it"
+    )
+
+
+def _write(rank: Rank, source: CalibratedSource, layout: Layout, output: Path) -> None:
+    total = sum(source_bytes(source, row) for row in layout.table.values())
+    with _bar(rank, total, "prepare", unit="B", unit_scale=True) as bar:
+        write_prepared(
+            layout,
+            source,
+            rank.job.tp,
+            output,
+            overrides=model_overrides(rank.job.config),
+            num_threads=min(_MOST_THREADS, len(os.sched_getaffinity(0))),
+            on_bytes=bar.update,
+        )
+
+
+def _bar(rank: Rank, total: int, name: str, **options: Any) -> tqdm[Any]:
+    is_shown = rank.group.rank == 0
+    return open_bar(rank.console, is_shown=is_shown, total=total, desc=name, leave=False, **options)

@@ -1,0 +1,58 @@
+"""What a walk over the decoder layers cannot make of a layout. Needs no torch."""
+
+from __future__ import annotations
+
+from parallel.checkpoint.layout import SCALE_SUFFIX, Layout
+from parallel.model.placements import HEAD
+from quant.errors import QuantError
+from quant.scheme import LinearScheme
+
+
+def check_layers(layout: Layout) -> None:
+    """Raise QuantError for a layer that calibration takes no way through."""
+    head = layout.schemes.get(HEAD)
+    if head is not None and activations(head) == "per_tensor":
+        raise QuantError(
+            "`quant.act_quant_granularity` is per_tensor, but lm_head, which no decoder layer holds, "
+            "would need a static scale too; name lm_head in quant.modules_to_not_convert."
+        )
+    for index in range(layout.config.num_hidden_layers):
+        schemes = layer_schemes(layout, index)
+        _check_activations(index, schemes)
+        _check_dtypes(layout, index, schemes)
+
+
+def layer_schemes(layout: Layout, index: int) -> dict[str, LinearScheme]:
+    """Of the quantized rows of a decoder layer, by name."""
+    prefix = f"model.layers.{index}."
+    return {name: found for name, found in layout.schemes.items() if name.startswith(prefix)}
+
+
+def scale_dtypes(layout: Layout, index: int) -> set[str]:
+    """Of a layer's stored weight scales: the checkpoint's dtype."""
+    names = {name + SCALE_SUFFIX for name in layer_schemes(layout, index)}
+    return {part.dtype for part in layout.tensors if part.name in names}
+
+
+def activations(scheme: LinearScheme) -> str | None:
+    """per_token, per_tensor (static), or None: floats."""
+    return None if scheme.activation_dtype is None else scheme.act_granularity
+
+
+def _check_activations(index: int, schemes: dict[str, LinearScheme]) -> None:
+    kinds = {activations(scheme) for scheme in schemes.values()}
+    if len(kinds) > 1:
+        raise QuantError(
+            "`quant.layer_policies` gives the linears of a layer different activations "
+            f"({', '.join(sorted(map(str, kinds)))} in layer {index}), but calibration takes one kind "
+            "for each layer; give all of them the same."
+        )
+
+
+def _check_dtypes(layout: Layout, index: int, schemes: dict[str, LinearScheme]) -> None:
+    found = scale_dtypes(layout, index) if schemes else set()
+    if len(found) > 1:
+        raise QuantError(
+            f"model.layers.{index} has weights of {' and '.join(sorted(found))}, but calibration "
+            "stores the scales of a layer in one dtype; save the checkpoint in one."
+        )
