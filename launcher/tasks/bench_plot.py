@@ -1,4 +1,4 @@
-"""Decode speed of a bench as a picture. The only module that needs matplotlib."""
+"""Decode speed of a bench as a picture."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def _settle(section: CalibrationSection, resolved: Resolved) -> CalibrationSecti
         )
     if section.data is None:
         section = replace(section, data=str(DEMO / "questions.jsonl"))
-        if section.held_out is None:
+        if section.held_out is None and section.num_held_out:
             section = replace(section, held_out=str(DEMO / "held_out.txt"))
     context = resolved.checkpoint.config.max_position_embeddings
     length = section.max_length or min(context, _LONGEST_DEFAULT)

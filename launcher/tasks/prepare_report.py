@@ -11,6 +11,7 @@ from typing import Any
 from launcher.job import Job
 from launcher.run_dir import RunDir
 from launcher.table import print_table
+from launcher.tasks.prepare_plot import draw_errors
 from parallel.calibration.held_out import Perplexities
 from parallel.calibration.result import LayerError
 from parallel.checkpoint.layout import Layout
@@ -112,27 +113,6 @@ def write_report(report: Report, output: Path, run_dir: RunDir) -> None:
     print(f"{output}: tp={report.job.tp}, {values['label']}")
     print(f"report: {run_dir.report}")
     print(draw_errors(report.errors, values["label"], run_dir.path / "errors.png"), flush=True)
-
-
-def draw_errors(errors: Sequence[LayerError], label: str, path: Path) -> str:
-    """Draw the error of each layer.
-
-    Returns:
-        A sentence: where the picture is, or what is missing to draw it.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return "no picture: matplotlib is missing; pip install 'shardrun[bench]' brings it"
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    layers = range(len(errors))
-    axes.plot(layers, [error.relative for error in errors], marker="o", label="relative error")
-    axes.plot(layers, [1 - error.cosine for error in errors], marker="s", label="1 - cosine")
-    axes.set(xlabel="decoder layer", title=f"error of each layer's output, {label}", yscale="log")
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    return f"picture: {path}"
 
 
 def _reason(is_named: bool, quantizes_weights: bool) -> str:
