@@ -784,6 +784,8 @@ def round_linears(model: Llama, num_bits: int) -> Llama:
 # ------------------------------------------------------------------------------------ writing files
 
 HELD_OUT_SEED, HELD_OUT_CHARACTERS, HELD_OUT_QUESTIONS = 2_000_000, 40_000, 300
+# Neither trained on nor held out: what calibration reads.
+CALIBRATION_SEED, CALIBRATION_CHARACTERS = 3_000_000, 80_000
 PROMPTS = ["I love Beijing, because", "LLaMA is a", "Huawei is a company that"]
 
 
@@ -834,10 +836,12 @@ def save_tokenizer(model: bytes, output: Path) -> None:
 
 
 def save_held_out(text: str, questions: Sequence[Question], output: Path) -> None:
-    """What the model has not been trained on."""
+    """What the model has not been trained on: to measure it with, and to calibrate with."""
     (output / "held_out.txt").write_text(text, encoding="utf-8")
     lines = "".join(json.dumps(asdict(question)) + "\n" for question in questions)
     (output / "questions.jsonl").write_text(lines, encoding="utf-8")
+    calibration, _ = draw_held_out(CALIBRATION_SEED, CALIBRATION_CHARACTERS, 0)
+    (output / "calibration.txt").write_text(calibration, encoding="utf-8")
 
 
 README = """# Demo model

@@ -114,7 +114,7 @@ def _settle(section: CalibrationSection, resolved: Resolved) -> CalibrationSecti
             "calibration.data=FILE."
         )
     if section.data is None:
-        section = replace(section, data=str(DEMO / "questions.jsonl"))
+        section = replace(section, data=str(DEMO / "calibration.txt"))
         if section.held_out is None and section.num_held_out:
             section = replace(section, held_out=str(DEMO / "held_out.txt"))
     context = resolved.checkpoint.config.max_position_embeddings
