@@ -20,7 +20,7 @@ from launcher.job import Job, with_tp
 from launcher.prompts import DEMO_PROMPTS, make_prompts
 from launcher.schema import Config, GenerationSection, QuantSection
 from launcher.text import open_tokenizer
-from parallel.checkpoint.layout import Layout
+from parallel.checkpoint.layout import Layout, check_calibrated
 from parallel.checkpoint.open import Checkpoint, open_checkpoint, open_random, read_config
 from quant.scheme import QuantScheme
 
@@ -61,6 +61,8 @@ def resolve(config: Config, environment: WorkerEnvironment) -> Resolved:
     layout = checkpoint.layout(scheme, vocab_emb_dp=config.parallel.vocab_emb_dp)
     layout.check_tp(size)
     layout.check_exact_sums(config.parallel.exact_sums)
+    if config.task.name != "prepare":
+        check_calibrated(layout, checkpoint.source.tensors, str(path))
     if checkpoint.prepared_size is not None:
         config = replace(config, quant=_quant_section(layout))
     if not is_random:
