@@ -107,6 +107,32 @@ def test_integers_are_those_that_calibration_rounded_by(dtype):
     assert (q.min(), q.max()) == (-128, 127)
 
 
+def make_ties(scale: Tensor) -> Tensor:
+    """[3, 255]: the middles of two integers as float32 has them, and the numbers beside these."""
+    middles = (torch.arange(-127, 128) + 0.5) * scale
+    up, down = (torch.nextafter(middles, torch.tensor(to)) for to in (torch.inf, -torch.inf))
+    return torch.stack([middles, up, down])
+
+
+@pytest.mark.parametrize("amax", [0.1, 0.7, 1.3, 2.7, 11.0])
+def test_ties_fall_as_calibration_rounded_them(amax):
+    """Where a product with the reciprocal of the scale would give other integers."""
+    scale = input_scale(torch.tensor([amax]))
+    x = make_ties(scale)
+    q, _ = quantize_static(x, scale)
+    assert not torch.equal((x * (1 / scale)).round().clamp(-128, 127), q)
+    calibrated = Product(torch.eye(255), static_amax=torch.tensor([amax]))(x)
+    assert torch.equal(q * scale, calibrated)
+    weight = replace(make_weight(70, 255), input_scale=scale)
+    for kernel in KERNELS:
+        assert_same_bits(kernel.pack(weight), ReferenceKernel().pack(weight), x, None)
+    eye = QuantizedWeight(
+        torch.eye(255, dtype=torch.int8), torch.ones(255, 1), "int8", input_scale=scale
+    )
+    for kernel in KERNELS:
+        assert torch.equal(kernel.pack(eye).static_sums(x)[:-3].view(3, 255), q.int())
+
+
 @pytest.mark.parametrize("columns", [1, 64, 129, 1026])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SETS)
