@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -324,8 +324,37 @@ def test_text_is_the_same_at_every_size(prepared, dtype):
 
 def test_logits_are_near_those_of_the_model(source, prepared):
     found, wanted = (logits(path, SAMPLES[0], 1) for path in (prepared[1], source))
-    # Samples that calibration saw: 127 steps of the largest input in every product. 0.02 was seen.
-    assert 1e-4 < (found - wanted).norm() / wanted.norm() < 0.05
+    # Samples that calibration saw: 127 steps of the largest input in every product. 0.04 was seen.
+    assert 1e-4 < (found - wanted).norm() / wanted.norm() < 0.08
+
+
+def test_logits_equal_those_of_the_static_model_in_float64(source, prepared):
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64)
+    tensors = merged(prepared[1])
+    for path, module in model.named_modules():
+        if f"{path}.weight_scale" in tensors:
+            values, scale = tensors[f"{path}.weight"], tensors[f"{path}.weight_scale"]
+            module.weight.data = values.double() * scale.double()
+            module.register_forward_pre_hook(input_rounding(tensors.get(f"{path}.input_scale")))
+    with torch.no_grad():
+        expected = model(torch.tensor([IDS])).logits[0, :-1]
+    for size in (1, 4):
+        found = logits(prepared[size], IDS, size).double()
+        # 1e-7 was seen; room for an activation that float32 tips into the next of 127 steps. That
+        # of dynamic activations is 0.05 away.
+        assert (found - expected).norm() <= 1e-3 * expected.norm()
+
+
+def input_rounding(scale: Tensor | None) -> Callable[..., tuple[Tensor]]:
+    """A hook that rounds the input of a linear: with a scale, or by row."""
+
+    def rounded(_module, args):
+        (x,) = args
+        step = x.abs().amax(-1, keepdim=True) / 127 if scale is None else scale.double()
+        return ((x / step).round().clamp(-128, 127) * step,)
+
+    return rounded
 
 
 def test_a_step_has_one_collective_less_for_each_row_parallel_product(prepared, source):
