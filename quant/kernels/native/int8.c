@@ -228,9 +228,14 @@ void shardrun_pack(const int8_t *src, int64_t stride, int64_t N, int64_t K, int8
             bits &= 0x7fffffff;                                                                   \
             most = bits > most ? bits : most;                                                     \
             value /= scale;                                                                       \
-            value = value > -128.0f ? value : -128.0f; /* a NaN too */                            \
-            value = value < 127.0f ? value : 127.0f;                                              \
-            q[k] = (int16_t)(int32_t)((value + magic) - magic);                                   \
+            memcpy(&bits, &value, sizeof bits);                                                   \
+            /* Clamped as integers, which takes no branch: within +-128, a NaN too. */            \
+            int32_t size = bits & 0x7fffffff;                                                     \
+            size = size < 0x43000000 ? size : 0x43000000;                                         \
+            bits = size | (bits & (int32_t)0x80000000);                                           \
+            memcpy(&value, &bits, sizeof bits);                                                   \
+            int32_t rounded = (int32_t)((value + magic) - magic);                                 \
+            q[k] = (int16_t)(rounded < 127 ? rounded : 127);                                      \
         }                                                                                         \
         return most < 0x7f800000;                                                                 \
     }
