@@ -20,7 +20,7 @@ from launcher.job import Job, with_tp
 from launcher.prompts import DEMO_PROMPTS, make_prompts
 from launcher.schema import Config, GenerationSection, QuantSection
 from launcher.text import open_tokenizer
-from parallel.checkpoint.layout import Layout
+from parallel.checkpoint.layout import Layout, check_calibrated
 from parallel.checkpoint.open import Checkpoint, open_checkpoint, open_random, read_config
 from quant.scheme import QuantScheme
 
@@ -54,7 +54,7 @@ def resolve(config: Config, environment: WorkerEnvironment) -> Resolved:
     scheme = config.quant.scheme()
     checkpoint = open_job(config)
     path = checkpoint.path
-    if scheme.needs_calibration and checkpoint.prepared_size is None:
+    if scheme.needs_calibration and not is_shape_alone(config) and checkpoint.prepared_size is None:
         _check_calibrates(config)
     default = DEMO_TP if path == DEMO else 1
     size, notes = decide_size(environment, config.parallel.tp, checkpoint.prepared_size, default)
@@ -63,6 +63,8 @@ def resolve(config: Config, environment: WorkerEnvironment) -> Resolved:
     layout = checkpoint.layout(scheme, vocab_emb_dp=config.parallel.vocab_emb_dp)
     layout.check_tp(size)
     layout.check_exact_sums(config.parallel.exact_sums)
+    if config.task.name != "prepare":
+        check_calibrated(layout, checkpoint.source.tensors, str(path))
     if checkpoint.prepared_size is not None:
         config = replace(config, quant=_quant_section(layout))
     if not is_random:

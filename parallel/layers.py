@@ -58,7 +58,8 @@ class RowParallelLinear:
         exact_sums: partial sums of a quantized weight leave as integers, of activations that were
             scaled by the whole row: the result is bit for bit that of one rank. It costs a further
             small all-reduce, of the rows' largest values. None: where activations are int8, whose
-            rounding would otherwise differ from one number of ranks to the next. Of grouped weights
+            rounding would otherwise differ from one number of ranks to the next; where these have a
+            static scale, no rank needs to know the others' rows. Of grouped weights
             int8 activations are scaled by the whole row too, but what leaves are float32 sums of
             scaled groups, added in rank order; never true there.
     """
@@ -86,6 +87,9 @@ class RowParallelLinear:
         assert weight.shape[1] * self.group.size <= MOST_INT32_COLUMNS or (
             weight.activation_dtype is None
         ), "the integer sums would not fit"
+        if weight.input_scale is not None:
+            static_sums = self.group.all_reduce(weight.static_sums(local_x_MK))
+            return weight.finish_static(static_sums, self.bias, local_x_MK.dtype)
         amax_M = self.group.all_reduce(weight.row_amax(local_x_MK), "max")
         sums_MN = self.group.all_reduce(weight.sums(local_x_MK, amax_M))
         return weight.finish(sums_MN, amax_M, self.bias, local_x_MK.dtype, local_x_MK.dtype)

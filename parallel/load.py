@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from parallel.checkpoint.layout import Layout
-from parallel.checkpoint.shard import read_weight
+from parallel.checkpoint.shard import check_inputs, read_weight
 from parallel.checkpoint.source import Source
 from parallel.group import Group
 from parallel.model.build import build_decoder
@@ -78,7 +78,8 @@ def load_decoder(
         on_bytes: told, by the calling thread, the bytes of each parameter that is in its place.
 
     Raises:
-        CheckpointError: a weight that must be quantized holds an infinity or a NaN.
+        CheckpointError: a weight that must be quantized holds an infinity or a NaN; static scales
+            that are missing, or that differ between products of one input.
     """
     start = time.perf_counter()
     loader = _Loader(layout, source, group, dtype, device, kernel or ReferenceKernel())
@@ -133,6 +134,7 @@ class _Loader:
             )
             for row in parameter.rows
         ]
+        check_inputs(self.source, parameter.rows, parts)
         placed = time.perf_counter()
         whole = parts[0] if len(parts) == 1 else fuse(parts)
         del parts

@@ -5,7 +5,7 @@ value of the row; then `x @ W.T = scale * (q @ values.T) * weight_scale`, where 
 brackets is a sum of integers: the same on every processor, in every order, on every number of ranks
 whose rows are scaled together. The number of levels decides what is lost:
 
-    int8 activations    127             dynamic, per token (W8A8)
+    int8 activations    127             of each row, dynamic; or static, of a calibrated scale (W8A8)
     16-bit activations  127 * 254       16 bits of the largest value; bfloat16 itself holds 8
     float32             127 * 254 ** 2  24 bits
 
@@ -20,8 +20,10 @@ from torch import Tensor
 
 RADIX = 254
 LEVELS_INT8 = 127
+# Beyond what calibration saw, static activations are clamped to all that int8 holds.
+STATIC_LOWEST, STATIC_HIGHEST = -128, 127
 # So many columns of int8 activations and weights add up within int32.
-MOST_INT32_COLUMNS = 2**31 // (127 * 128)
+MOST_INT32_COLUMNS = (2**31 - 1) // (128 * 128)
 # Below this the inverse of the scale would overflow; such rows are rounded more coarsely.
 LEAST_AMAX = 1e-30
 
@@ -56,6 +58,25 @@ def quantize_rows(x_MK: Tensor, levels: int, amax_M: Tensor | None = None) -> tu
     inverse_M = torch.full_like(amax_M, levels) / amax_M.clamp(min=LEAST_AMAX)
     q_MK = (x_MK.float() * inverse_M[:, None]).round_()
     return torch.where(is_finite_M[:, None], q_MK, 0.0), row_scale(amax_M, levels)
+
+
+def quantize_static(x_MK: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows as integers of a scale that was calibrated: `clamp(round(x / scale), -128, 127)`.
+
+    The division is one, not a product with the reciprocal: its bits are those that calibration
+    rounded by (quant/methods/layer.py). Other rows, or parts of a row, change nothing.
+
+    Args:
+        scale: float32 [1], above zero.
+
+    Returns:
+        As `quantize_rows`: a row that holds an infinity or a NaN becomes zeros with the scale NaN.
+        An infinity is damage, not a large value to clamp.
+    """
+    is_finite_M = row_amax(x_MK).isfinite()
+    q_MK = (x_MK.float() / scale).round_().clamp_(STATIC_LOWEST, STATIC_HIGHEST)
+    row_scale_M = torch.where(is_finite_M, scale, torch.nan)
+    return torch.where(is_finite_M[:, None], q_MK, 0.0), row_scale_M
 
 
 def row_scale(amax_M: Tensor, levels: int) -> Tensor:

@@ -38,10 +38,23 @@ class LinearScheme:
         return {"int8": 1, "int4": 2}[self.weight_dtype]
 
     @property
+    def is_static(self) -> bool:
+        """Whether its activations have one scale, which calibration gave."""
+        return self.activation_dtype is not None and self.act_granularity == "per_tensor"
+
+    @property
     def label(self) -> str:
-        """The field's short name: `w8a16`, `w8a8`, `w4a16`, `w4a16 g128`."""
+        """The field's short name: `w8a16`, `w8a8`, `w4a16`, `w4a16 g128`.
+
+        What a kernel is chosen by: static activations cost what dynamic ones do.
+        """
         name = f"w{self.bits}a{'16' if self.activation_dtype is None else '8'}"
         return name if self.group_size is None else f"{name} g{self.group_size}"
+
+    @property
+    def full_label(self) -> str:
+        """The label, and whether activations are static: `w8a8 static`."""
+        return f"{self.label} static" if self.is_static else self.label
 
 
 @dataclass(frozen=True)
@@ -97,7 +110,7 @@ class QuantScheme:
         if not self.quantizes_weights:
             return "none"
         base = self._linear()
-        parts = [base.label] if base else []
+        parts = [base.full_label] if base else []
         return " ".join([*parts, "mixed"] if self.layer_policies else parts)
 
     def to_dict(self) -> dict[str, Any]:

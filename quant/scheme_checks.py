@@ -37,12 +37,6 @@ _NOT_YET: tuple[tuple[str, str, str, str], ...] = (
         "needs a cache of integers, and cannot be run by this version",
         "leave it out",
     ),
-    (
-        "act_quant_granularity",
-        "per_tensor",
-        "is a static scale, which " + _CALIBRATED,
-        "write per_token",
-    ),
 )
 
 # A field that has no effect unless another one is set: refused, or its user would not know.

@@ -9,7 +9,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quant.activations import finish, num_levels, row_amax, row_scale
+from quant.activations import (
+    LEVELS_INT8,
+    finish,
+    num_levels,
+    quantize_static,
+    row_amax,
+    row_scale,
+)
 from quant.numeric import dequantize
 from quant.scheme import LinearScheme
 
@@ -25,6 +32,7 @@ class QuantizedWeight:
         bits: 8 or 4.
         group_size: columns that share a scale; None: a whole row does.
         first_column: the place of column 0 within its group: a rank's part may begin inside one.
+        input_scale: float32 [1], of static int8 activations; None: they are none, or dynamic.
     """
 
     values_NK: Tensor
@@ -33,10 +41,15 @@ class QuantizedWeight:
     bits: int = 8
     group_size: int | None = None
     first_column: int = 0
+    input_scale: Tensor | None = None
 
     def __post_init__(self) -> None:
         shape = (self.values_NK.shape[0], self.num_groups)
         assert self.scale_NG.shape == shape, (self.scale_NG.shape, shape)
+        if self.input_scale is not None:
+            assert self.activation_dtype == "int8", "static activations are int8"
+            assert self.input_scale.shape == (1,), self.input_scale.shape
+            assert self.input_scale.dtype == torch.float32, self.input_scale.dtype
 
     @property
     def shape(self) -> torch.Size:
@@ -44,7 +57,8 @@ class QuantizedWeight:
 
     @property
     def scheme(self) -> LinearScheme:
-        return LinearScheme(f"int{self.bits}", self.group_size, self.activation_dtype)
+        granularity = "per_token" if self.input_scale is None else "per_tensor"
+        return LinearScheme(f"int{self.bits}", self.group_size, self.activation_dtype, granularity)
 
     @property
     def num_groups(self) -> int:
@@ -55,7 +69,8 @@ class QuantizedWeight:
 
     @property
     def nbytes(self) -> int:
-        return self.values_NK.nbytes + self.scale_NG.nbytes
+        parts = (self.values_NK, self.scale_NG, self.input_scale)
+        return sum(part.nbytes for part in parts if part is not None)
 
     def columns(self, start: int, stop: int) -> QuantizedWeight:
         """The columns [start, stop), contiguous, with the scales of the groups that they touch."""
@@ -76,7 +91,12 @@ class QuantizedWeight:
         return dequantize(self.values_NK, self.scale_NG, dtype, self.group_size, self.first_column)
 
     def to(self, device: torch.device) -> QuantizedWeight:
-        return replace(self, values_NK=self.values_NK.to(device), scale_NG=self.scale_NG.to(device))
+        return replace(
+            self,
+            values_NK=self.values_NK.to(device),
+            scale_NG=self.scale_NG.to(device),
+            input_scale=None if self.input_scale is None else self.input_scale.to(device),
+        )
 
 
 class PackedWeight(ABC):
@@ -90,6 +110,8 @@ class PackedWeight(ABC):
         scale_N: float32 [out_features]; ones where the sums of groups are scaled already.
         activation_dtype: as in QuantizedWeight.
         group_size: as in QuantizedWeight; says what `sums` gives.
+        input_scale: as in QuantizedWeight; where there is one, `static_sums` and `finish_static`
+            stand in for `row_amax`, `sums` and `finish`, which know no static scale.
     """
 
     shape: tuple[int, int]
@@ -97,6 +119,7 @@ class PackedWeight(ABC):
     scale_N: Tensor
     activation_dtype: str | None
     group_size: int | None = None
+    input_scale: Tensor | None = None
 
     @abstractmethod
     def sums(self, x_MK: Tensor, amax_M: Tensor) -> Tensor:
@@ -117,6 +140,8 @@ class PackedWeight(ABC):
 
     def linear(self, x_MK: Tensor, bias_N: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """`x @ weight.T + bias` as `out_dtype`, [M, out_features]; rounded to it once."""
+        if self.input_scale is not None:
+            return self.finish_static(self.static_sums(x_MK), bias_N, out_dtype)
         amax_M = self.row_amax(x_MK)
         return self.finish(self.sums(x_MK, amax_M), amax_M, bias_N, x_MK.dtype, out_dtype)
 
@@ -132,6 +157,35 @@ class PackedWeight(ABC):
         levels = num_levels(x_dtype, self.activation_dtype)
         return finish(sums_MN, row_scale(amax_M, levels), self.scale_N, bias_N, out_dtype)
 
+    def static_sums(self, x_MK: Tensor) -> Tensor:
+        """The sums of static activations and what makes NaN of a row, as one tensor [M * (N + 1)].
+
+        First come the sums, as `sums` gives them, row by row; then for each row 1 where x holds an
+        infinity or a NaN, which no integer sum can say, else 0. Those of parts of a row add up: one
+        all-reduce is all that ranks need.
+        """
+        assert self.input_scale is not None, "dynamic activations"
+        q_MK, row_scale_M = quantize_static(x_MK, self.input_scale)
+        # Rows of whole numbers whose largest value is said to be 127 are their own integers.
+        sums_MN = self.sums(q_MK, torch.full_like(row_scale_M, LEVELS_INT8))
+        return torch.cat([sums_MN.flatten(), row_scale_M.isnan().to(sums_MN.dtype)])
+
+    def finish_static(
+        self, static_sums: Tensor, bias_N: Tensor | None, out_dtype: torch.dtype
+    ) -> Tensor:
+        """The product, [M, out_features], that `static_sums` stand for, or the total of parts'."""
+        assert self.input_scale is not None, "dynamic activations"
+        sums_MN, damaged_M = split_static(static_sums, self.shape[0])
+        row_scale_M = torch.where(damaged_M == 0, self.input_scale, torch.nan)
+        return finish(sums_MN, row_scale_M, self.scale_N, bias_N, out_dtype)
+
+
+def split_static(static_sums: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
+    """Views of the two parts of static sums: [M, N], and for each row whether it is damaged, [M]."""
+    num_rows = len(static_sums) // (out_features + 1)
+    num_sums = num_rows * out_features
+    return static_sums[:num_sums].view(num_rows, out_features), static_sums[num_sums:]
+
 
 Weight = Tensor | QuantizedWeight
 ReadyWeight = Weight | PackedWeight
@@ -143,6 +197,7 @@ def fuse(weights: Sequence[Weight]) -> Weight:
         parts = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
         kinds = {(part.scheme, part.first_column) for part in parts}
         assert len(kinds) == 1, f"one product, one scheme, but {kinds}"
+        assert len(set(input_scales(parts))) <= 1, "one input, one scale"
         return replace(
             parts[0],
             values_NK=torch.cat([part.values_NK for part in parts]),
@@ -151,3 +206,12 @@ def fuse(weights: Sequence[Weight]) -> Weight:
     tensors = [weight for weight in weights if isinstance(weight, Tensor)]
     assert len(tensors) == len(weights), "weights of one fused product are quantized all or none"
     return torch.cat(tensors)
+
+
+def input_scales(weights: Sequence[Weight]) -> list[float]:
+    """The scales of those with static activations; parts of one product must have the same."""
+    return [
+        float(weight.input_scale)
+        for weight in weights
+        if isinstance(weight, QuantizedWeight) and weight.input_scale is not None
+    ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from tests.test_shared_memory import ranks as running
 pytestmark = pytest.mark.skipif(not is_available(), reason="no C compiler at installation")
 
 W8A8 = QuantScheme(quant_method="rtn", weight_dtype="int8", activation_dtype="int8")
+STATIC = replace(W8A8, act_quant_granularity="per_tensor")
 MODEL = {
     "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 131,
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -55,7 +58,7 @@ def programs(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("scheme", [RTN, W8A8], ids=["w8a16", "w8a8"])
+@pytest.mark.parametrize("scheme", [RTN, W8A8, STATIC], ids=["w8a16", "w8a8", "w8a8 static"])
 def test_captured_steps_give_the_text_of_plain_ones(scheme, dtype, monkeypatch):
     model = decoder(LoneGroup(), scheme, dtype)
     found = texts(model)
@@ -67,9 +70,9 @@ def test_captured_steps_give_the_text_of_plain_ones(scheme, dtype, monkeypatch):
     assert not plain._captured
 
 
-def step_of_ranks(group):
+def step_of_ranks(group, scheme):
     """Each rank is late in turn, by more than a call in C waits."""
-    model = decoder(group, W8A8, torch.bfloat16)
+    model = decoder(group, scheme, torch.bfloat16)
 
     def be_late(_index, token):
         time.sleep(0.02 if token % 3 == 0 else 0)
@@ -79,19 +82,20 @@ def step_of_ranks(group):
     return found, len(programs(model)), dict(group.counts)
 
 
-def plain_step_of_ranks(group):
+def plain_step_of_ranks(group, scheme):
     captured.is_available = lambda: False
-    found, num_programs, counts = step_of_ranks(group)
+    found, num_programs, counts = step_of_ranks(group, scheme)
     assert num_programs == 0
     return found, num_programs, counts
 
 
+@pytest.mark.parametrize("scheme", [W8A8, STATIC], ids=["w8a8", "w8a8 static"])
 @pytest.mark.parametrize("size", [2])
-def test_ranks_capture_their_collectives(size):
-    alone = texts(decoder(LoneGroup(), W8A8, torch.bfloat16))
-    with running(size, step_of_ranks) as ranks:
+def test_ranks_capture_their_collectives(size, scheme):
+    alone = texts(decoder(LoneGroup(), scheme, torch.bfloat16))
+    with running(size, partial(step_of_ranks, scheme=scheme)) as ranks:
         results = ranks.results()
-    with running(size, plain_step_of_ranks) as ranks:
+    with running(size, partial(plain_step_of_ranks, scheme=scheme)) as ranks:
         plain = ranks.results()
     for (found, num_programs, counts), (_, _, plain_counts) in zip(results, plain, strict=True):
         assert found == alone

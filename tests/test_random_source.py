@@ -19,9 +19,12 @@ SHAPE = {
     "num_key_value_heads": 2, "torch_dtype": "bfloat16",
 }  # fmt: skip
 QWEN = {**SHAPE, "architectures": ["Qwen2ForCausalLM"]}
+STATIC = replace(RTN, activation_dtype="int8", act_quant_granularity="per_tensor")
 GROUPED = replace(RTN, weight_dtype="int4", weight_quant_granularity="per_group", group_size=32)
 SCHEMES = pytest.mark.parametrize(
-    "scheme", [QuantScheme(), RTN, GROUPED], ids=["none", "w8a16", "w4a16 g32"]
+    "scheme",
+    [QuantScheme(), RTN, STATIC, GROUPED],
+    ids=["none", "w8a16", "w8a8 static", "w4a16 g32"],
 )
 
 

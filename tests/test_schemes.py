@@ -105,14 +105,6 @@ def test_policy_may_put_activations_back():
             {"activation_dtype": "int8", "act_quant_granularity": "per_tensor"},
             "must be per_token beside int4 weights",
         ),
-        (
-            {
-                "weight_dtype": "int8",
-                "activation_dtype": "int8",
-                "act_quant_granularity": "per_tensor",
-            },
-            "needs calibration data",
-        ),
         ({"kvcache_dtype": "int8"}, "kvcache_dtype` = 'int8' .* cannot be run"),
         (
             {"kvcache_dtype": "int8", "kvcache_quant_granularity": "per_channel"},

@@ -7,7 +7,7 @@ to load. Needs no torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from parallel.checkpoint.source import DTYPE_BYTES, TensorInfo
@@ -21,6 +21,8 @@ from quant.errors import QuantError
 from quant.scheme import LinearScheme, QuantScheme
 
 SCALE_SUFFIX = "_scale"
+# What compressed-tensors calls the scale of static activations: `<module>.input_scale`.
+INPUT_SCALE = "input_scale"
 # int4 lies on disk as two values a byte.
 STORED_DTYPES: Mapping[str, str] = {"int8": "int8", "int4": "uint8"}
 
@@ -30,13 +32,15 @@ class StoredTensor:
     """One tensor of a shard file.
 
     Attributes:
-        name: the row's name; a scale is called `<row>_scale`, as in compressed-tensors.
+        name: the row's name; a scale is called `<row>_scale`, and that of a static input
+            `<module>.input_scale`, as in compressed-tensors.
         row: the row of the placement table it belongs to.
         shape: its global shape.
         dtype: a torch name.
         is_quantized: part of a quantized weight, whose parts keep their dtype in memory.
         columns: how many columns of the row one entry stands for: two of int4, which a byte holds;
             a group of them, or all, in a scale.
+        is_whole: every rank has all of it, whatever its slice of the row.
     """
 
     name: str
@@ -45,6 +49,7 @@ class StoredTensor:
     dtype: str
     is_quantized: bool = False
     columns: int = 1
+    is_whole: bool = False
 
     def index(self, rank: int, size: int) -> Index:
         """The rank's slice of this tensor."""
@@ -52,6 +57,8 @@ class StoredTensor:
 
     def cut(self, index: Index) -> Index:
         """The entries that a slice of the row's weight needs; a scale at its ends may be shared."""
+        if self.is_whole:
+            return tuple(slice(0, length) for length in self.shape)
         if not self.is_quantized:
             return index
         rows, columns = index
@@ -166,15 +173,41 @@ def make_layout(
 def _stored(row: Row, dtype: str, scheme: LinearScheme | None) -> tuple[StoredTensor, ...]:
     if scheme is None:
         return (StoredTensor(row.name, row, row.shape, dtype),)
-    return (
+    parts = (
         _part(row, row.name, STORED_DTYPES[scheme.weight_dtype], scheme.values_per_byte),
         _part(row, row.name + SCALE_SUFFIX, dtype, scheme.group_size or row.shape[1]),
     )
+    if not scheme.is_static:
+        return parts
+    name = input_scale_name(row)
+    return *parts, StoredTensor(name, row, (1,), "float32", is_quantized=True, is_whole=True)
+
+
+def input_scale_name(row: Row) -> str:
+    """What the scale of a linear's static input is called."""
+    return f"{row.module}.{INPUT_SCALE}"
 
 
 def _part(row: Row, name: str, dtype: str, columns: int) -> StoredTensor:
     shape = (row.shape[0], -(-row.shape[1] // columns))
     return StoredTensor(name, row, shape, dtype, is_quantized=True, columns=columns)
+
+
+def check_calibrated(layout: Layout, tensors: Container[str], where: str) -> None:
+    """Raise CheckpointError where the scale of a static input is not in the source."""
+    for row in layout.table.values():
+        scheme = layout.schemes.get(row.name)
+        if scheme is not None and scheme.is_static and input_scale_name(row) not in tensors:
+            raise uncalibrated(row, where)
+
+
+def uncalibrated(row: Row, where: str) -> CheckpointError:
+    """What is wrong with a source without the scale of a static input."""
+    return CheckpointError(
+        f"{where} has no {input_scale_name(row)}, and quant.act_quant_granularity=per_tensor needs "
+        "calibration for such static scales; write shardrun prepare with this scheme first and "
+        "give its output, or write per_token."
+    )
 
 
 def check_source(table: Table, tensors: Mapping[str, TensorInfo], where: str) -> None:

@@ -11,6 +11,7 @@ from parallel.checkpoint.json_file import read_json_object
 from parallel.checkpoint.layout import (
     SCALE_SUFFIX,
     Layout,
+    check_calibrated,
     check_names,
     check_source,
     make_layout,
@@ -167,6 +168,7 @@ def _prepared_layout(
         )
     dtype_of = _prepared_dtype(source)
     stored = make_layout(config, source.scheme, vocab_emb_dp=source.vocab_emb_dp, dtype_of=dtype_of)
+    check_calibrated(stored, source.tensors, str(source.path))
     _check_prepared(stored, source)
     return make_layout(config, source.scheme, vocab_emb_dp=vocab_emb_dp, dtype_of=dtype_of)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-from parallel.checkpoint.layout import SCALE_SUFFIX, Layout
+from parallel.checkpoint.layout import SCALE_SUFFIX, Layout, input_scale_name, uncalibrated
 from parallel.checkpoint.source import Source
 from parallel.errors import CheckpointError
 from parallel.model.placements import Row
@@ -12,7 +15,7 @@ from parallel.placement import Index
 from quant.methods.rtn import round_to_nearest
 from quant.numeric import pack_int4, unpack_int4
 from quant.scheme import LinearScheme
-from quant.weight import QuantizedWeight, Weight
+from quant.weight import QuantizedWeight, Weight, input_scales
 
 
 def read_weight(layout: Layout, source: Source, row: Row, index: Index) -> Weight:
@@ -22,13 +25,16 @@ def read_weight(layout: Layout, source: Source, row: Row, index: Index) -> Weigh
     row-parallel weight are those of the whole row, so the integers are the same at every size.
 
     Raises:
-        CheckpointError: the weight holds an infinity or a NaN, and must be quantized.
+        CheckpointError: the weight holds an infinity or a NaN, and must be quantized; or its input
+            has a static scale that the source does not have, or that is no scale.
     """
     scheme = layout.schemes.get(row.name)
     if scheme is None:
         return source.read(source_name(source, row), index)
     if is_quantized(source, row):
         return _read_quantized(layout, source, row, index)
+    if scheme.is_static:
+        raise uncalibrated(row, str(source.path))
     return _quantize(scheme, source, row, index)
 
 
@@ -37,7 +43,21 @@ def weight_parts(row: Row, weight: Weight) -> dict[str, Tensor]:
     if not isinstance(weight, QuantizedWeight):
         return {row.name: weight}
     values = pack_int4(weight.values_NK) if weight.bits == 4 else weight.values_NK
-    return {row.name: values, row.name + SCALE_SUFFIX: weight.scale_NG}
+    parts = {row.name: values, row.name + SCALE_SUFFIX: weight.scale_NG}
+    if weight.input_scale is not None:
+        parts[input_scale_name(row)] = weight.input_scale
+    return parts
+
+
+def check_inputs(source: Source, rows: Sequence[Row], weights: Sequence[Weight]) -> None:
+    """Raise CheckpointError where the parts of one product would round their one input differently."""
+    scales = input_scales(weights)
+    if len(set(scales)) > 1:
+        names = ", ".join(input_scale_name(row) for row in rows)
+        raise CheckpointError(
+            f"{source.path}: {names} must be equal, as they are scales of one input, but are "
+            f"{', '.join(f'{scale:.6g}' for scale in scales)}; calibrate them together."
+        )
 
 
 def source_name(source: Source, row: Row) -> str:
@@ -53,13 +73,31 @@ def is_quantized(source: Source, row: Row) -> bool:
 def _read_quantized(layout: Layout, source: Source, row: Row, index: Index) -> QuantizedWeight:
     """From a prepared source: what `weight_parts` made of it, whatever size it was cut for."""
     scheme = layout.schemes[row.name]
-    stored, scale_NG = (source.read(part.name, part.cut(index)) for part in layout.parts[row.name])
+    stored, scale_NG, *more = (
+        source.read(part.name, part.cut(index)) for part in layout.parts[row.name]
+    )
+    input_scale = _checked_scale(source, row, more[0]) if more else None
     columns = index[1]
     values_NK = unpack_int4(stored, columns.stop - columns.start) if scheme.bits == 4 else stored
     first_column = columns.start % scheme.group_size if scheme.group_size else 0
     return QuantizedWeight(
-        values_NK, scale_NG, scheme.activation_dtype, scheme.bits, scheme.group_size, first_column
+        values_NK,
+        scale_NG,
+        scheme.activation_dtype,
+        scheme.bits,
+        scheme.group_size,
+        first_column,
+        input_scale,
     )
+
+
+def _checked_scale(source: Source, row: Row, scale: Tensor) -> Tensor:
+    if not (torch.isfinite(scale) & (scale > 0)).all():
+        raise CheckpointError(
+            f"{source.path}: {input_scale_name(row)} must be a finite number above zero, but is "
+            f"{scale.item()}; calibrate again."
+        )
+    return scale
 
 
 def _quantize(scheme: LinearScheme, source: Source, row: Row, index: Index) -> QuantizedWeight:

@@ -68,7 +68,7 @@ def check_fused(schemes: Mapping[str, LinearScheme | None]) -> None:
 
 
 def _label(scheme: LinearScheme | None) -> str:
-    return "unquantized" if scheme is None else scheme.label
+    return "unquantized" if scheme is None else scheme.full_label
 
 
 def _products(modules: Iterable[str]) -> Iterator[tuple[str, list[str]]]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant.activations import LEVELS_INT8, finish, num_levels, quantize_rows
+from quant.activations import LEVELS_INT8, finish, num_levels, quantize_rows, quantize_static
 from quant.weight import PackedWeight, QuantizedWeight
 
 _ZERO_POINT = 128
@@ -44,13 +44,17 @@ class OneDnnWeight(PackedWeight):
         self._zeros_N = torch.zeros(out_features, dtype=torch.int64)
         self.scale_N = weight.scale_NG.float().view(-1)
         self.activation_dtype = weight.activation_dtype
+        self.input_scale = weight.input_scale
         self.shape = (out_features, in_features)
         self.nbytes = out_features * in_features + self.scale_N.nbytes
 
     def linear(self, x_MK: Tensor, bias_N: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         if self.activation_dtype != "int8":
             return super().linear(x_MK, bias_N, out_dtype)
-        q_MK, row_scale_M = quantize_rows(x_MK, LEVELS_INT8)
+        if self.input_scale is None:
+            q_MK, row_scale_M = quantize_rows(x_MK, LEVELS_INT8)
+        else:
+            q_MK, row_scale_M = quantize_static(x_MK, self.input_scale)
         return finish(self._product(q_MK), row_scale_M, self.scale_N, bias_N, out_dtype)
 
     def sums(self, x_MK: Tensor, amax_M: Tensor) -> Tensor:
@@ -64,7 +68,7 @@ class OneDnnWeight(PackedWeight):
         return total_MN if self.activation_dtype is None else total_MN.int()
 
     def _product(self, q_MK: Tensor) -> Tensor:
-        """float32 [M, N]: the int32 sums of whole numbers within +-127, each rounded once."""
+        """float32 [M, N]: the int32 sums of whole numbers of 8 bits, each rounded once."""
         unsigned_MK = (q_MK + _ZERO_POINT).to(torch.uint8)
         return torch.ops.onednn.qlinear_pointwise(
             unsigned_MK, 1.0, _ZERO_POINT, self._packed, self._ones_N, self._zeros_N, None,

@@ -18,7 +18,7 @@ from quant.weight import PackedWeight, QuantizedWeight
 
 # Float32 bytes of the weight that are widened at a time, into one buffer that stays in cache.
 BLOCK_BYTES = 4 << 20
-# Columns whose products with a plane add up exactly in float32: 127 * 128 * 1024 < 2 ** 24.
+# Columns whose products with a plane add up exactly in float32: 128 * 128 * 1024 <= 2 ** 24.
 EXACT_COLUMNS = 1024
 
 
@@ -41,6 +41,7 @@ class ReferenceWeight(PackedWeight):
         self._stored = _Stored(weight)
         self.scale_N = weight.scale_NG.float().view(-1)
         self.activation_dtype = weight.activation_dtype
+        self.input_scale = weight.input_scale
         self.shape = (weight.shape[0], weight.shape[1])
         self.nbytes = self._stored.nbytes + self.scale_N.nbytes
 
@@ -55,7 +56,7 @@ class ReferenceWeight(PackedWeight):
         return total_MN.int()
 
     def _product(self, x_MK: Tensor) -> Tensor:
-        """int64 [M, N]: whole numbers within +-127 times int8, whatever the order of the sums."""
+        """int64 [M, N]: whole numbers within +-128 times int8, whatever the order of the sums."""
         device = self._stored.device
         out_MN = torch.empty(x_MK.shape[0], self.shape[0], dtype=torch.int64, device=device)
         for rows, wide_BK in _widened_blocks(self.shape, self._stored.rows, device):
@@ -84,6 +85,7 @@ class GroupedReferenceWeight(PackedWeight):
         self.group_size = weight.group_size
         self.scale_N = torch.ones(weight.shape[0], device=weight.values_NK.device)
         self.activation_dtype = weight.activation_dtype
+        self.input_scale = weight.input_scale
         self.shape = (weight.shape[0], weight.shape[1])
         self.nbytes = self._stored.nbytes + self._scale_NG.nbytes
 

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parallel.checkpoint.layout import SCALE_SUFFIX, Layout
+from parallel.checkpoint.layout import INPUT_SCALE, SCALE_SUFFIX, Layout
 from parallel.checkpoint.source import TensorInfo
 from parallel.placement import Index
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # Two primes: windows of neighbouring rows lie apart, and few rows share one.
 _PERIOD = 1_048_573
 _ROW_STRIDE = 4_099
+# The largest input that static activations hold: inputs have a deviation of 1, or less.
+_INPUT_RANGE = 4.0
 # The standard deviation of integers drawn evenly from -127 to 127, and from -8 to 7.
 _DEVIATIONS = {"int8": math.sqrt((255**2 - 1) / 12), "int4": math.sqrt((16**2 - 1) / 12)}
 
@@ -56,6 +58,8 @@ class RandomSource:
 
         shape = [cut.stop - cut.start for cut in index]
         dtype = getattr(torch, self.tensors[name].dtype)
+        if name.endswith(f".{INPUT_SCALE}"):
+            return torch.full(shape, _INPUT_RANGE / 127, dtype=dtype)
         if name.endswith(SCALE_SUFFIX):
             deviation = _DEVIATIONS[self._dtypes[name.removesuffix(SCALE_SUFFIX)]]
             return torch.full(shape, self._deviation(name) / deviation, dtype=dtype)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant.activations import num_levels
+from quant.activations import LEVELS_INT8, num_levels
 from quant.kernels.native.library import TYPES, call, instruction_sets, open_library
-from quant.weight import PackedWeight, QuantizedWeight
+from quant.weight import PackedWeight, QuantizedWeight, split_static
 
 BLOCK = 32  # as in int8.c
 
@@ -55,16 +55,28 @@ class NativeWeight(PackedWeight):
         )
         self.scale_N = weight.scale_NG.float().reshape(-1).contiguous()
         self.activation_dtype = weight.activation_dtype
+        self.input_scale = weight.input_scale
         self.shape = (out_features, in_features)
         self.nbytes = self._packed.nbytes + self.scale_N.nbytes
 
     def linear(self, x_MK: Tensor, bias_N: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         kind = out_dtype if out_dtype in TYPES else torch.float32
-        return self._multiply(x_MK, None, bias_N, kind).to(out_dtype)
+        out_MN = torch.empty(x_MK.shape[0], self.shape[0], dtype=kind)
+        self._multiply(x_MK, out_MN, bias_N=bias_N)
+        return out_MN.to(out_dtype)
 
     def sums(self, x_MK: Tensor, amax_M: Tensor) -> Tensor:
+        assert self.input_scale is None, "static activations"
         kind = torch.int64 if self.activation_dtype is None else torch.int32
-        return self._multiply(x_MK, amax_M, None, kind)
+        out_MN = torch.empty(x_MK.shape[0], self.shape[0], dtype=kind)
+        self._multiply(x_MK, out_MN, amax_M=amax_M)
+        return out_MN
+
+    def static_sums(self, x_MK: Tensor) -> Tensor:
+        sums = torch.empty(x_MK.shape[0] * (self.shape[0] + 1), dtype=torch.int32)
+        sums_MN, damaged_M = split_static(sums, self.shape[0])
+        self._multiply(x_MK, sums_MN, damaged_M=damaged_M)
+        return sums
 
     def row_amax(self, x_MK: Tensor) -> Tensor:
         x_MK = _with_rows(x_MK)
@@ -88,18 +100,41 @@ class NativeWeight(PackedWeight):
         x_dtype: torch.dtype,
         out_dtype: torch.dtype,
     ) -> Tensor:
+        levels = num_levels(x_dtype, self.activation_dtype)
+        return self._finish(sums_MN, (amax_M, None, None, levels), bias_N, out_dtype)
+
+    def finish_static(
+        self, static_sums: Tensor, bias_N: Tensor | None, out_dtype: torch.dtype
+    ) -> Tensor:
+        sums_MN, damaged_M = split_static(static_sums, self.shape[0])
+        rows = (None, self.input_scale, damaged_M, LEVELS_INT8)
+        return self._finish(sums_MN, rows, bias_N, out_dtype)
+
+    def _finish(
+        self,
+        sums_MN: Tensor,
+        rows: tuple[Tensor | None, Tensor | None, Tensor | None, int],
+        bias_N: Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        """`rows`: what says their scales: amax, input_scale, damaged and levels of int8.c."""
         kind = out_dtype if out_dtype in TYPES else torch.float32
         out_MN = torch.empty(sums_MN.shape, dtype=kind)
-        levels = num_levels(x_dtype, self.activation_dtype)
         call(
-            "finish", sums_MN, TYPES[sums_MN.dtype], amax_M, levels, *sums_MN.shape, self.scale_N,
+            "finish", sums_MN, TYPES[sums_MN.dtype], *rows, *sums_MN.shape, self.scale_N,
             *_bias(bias_N, self.shape[0]), out_MN, TYPES[kind],
         )  # fmt: skip
         return out_MN.to(out_dtype)
 
     def _multiply(
-        self, x_MK: Tensor, amax_M: Tensor | None, bias_N: Tensor | None, out_dtype: torch.dtype
-    ) -> Tensor:
+        self,
+        x_MK: Tensor,
+        out_MN: Tensor,
+        *,
+        amax_M: Tensor | None = None,
+        damaged_M: Tensor | None = None,
+        bias_N: Tensor | None = None,
+    ) -> None:
         levels = num_levels(x_MK.dtype, self.activation_dtype)
         x_MK = _with_rows(x_MK)
         num_rows, in_features = x_MK.shape
@@ -107,13 +142,12 @@ class NativeWeight(PackedWeight):
         num_planes = 1 if levels <= torch.iinfo(torch.int16).max else 2
         work_size = num_rows * (num_planes * 2 * (in_features + in_features % 2) + 4)
         work = torch.empty(work_size, dtype=torch.uint8)
-        out_MN = torch.empty(num_rows, self.shape[0], dtype=out_dtype)
         call(
             "linear", self._set_index, x_MK, TYPES[x_MK.dtype], x_MK.stride(0), amax_M,
-            num_rows, in_features, levels, self._packed, self.shape[0], self.scale_N,
-            *_bias(bias_N, self.shape[0]), out_MN, TYPES[out_dtype], work,
+            self.input_scale, num_rows, in_features, levels, self._packed, self.shape[0],
+            self.scale_N, *_bias(bias_N, self.shape[0]), out_MN, TYPES[out_MN.dtype], damaged_M,
+            work,
         )  # fmt: skip
-        return out_MN
 
 
 def _with_rows(x_MK: Tensor) -> Tensor:

@@ -188,7 +188,8 @@ void shardrun_pack(const int8_t *src, int64_t stride, int64_t N, int64_t K, int8
 
 /* ---- activations ---- */
 
-/* The largest absolute value of a row; a NaN counts as larger than all. */
+/* amax: the largest absolute value of a row; a NaN counts as larger than all. round: x * inverse as
+   integers. clamp: x / scale as integers of 8 bits; returns whether all of x is finite. */
 #define ROW_FUNCTIONS(SUFFIX, ATTRIBUTE, TYPE)                                                    \
     ATTRIBUTE static float row_amax_##SUFFIX(const void *x, int64_t K) {                          \
         int32_t most = 0;                                                                         \
@@ -216,6 +217,27 @@ void shardrun_pack(const int8_t *src, int64_t stride, int64_t N, int64_t K, int8
                 high[k] = (int16_t)top;                                                           \
                 low[k] = (int16_t)(q - RADIX * top);                                                \
             }                                                                                     \
+    }                                                                                             \
+    ATTRIBUTE static int row_clamp_##SUFFIX(const void *x, int64_t K, float scale, int16_t *q) {  \
+        const float magic = 12582912.0f;                                                          \
+        int32_t most = 0;                                                                         \
+        for (int64_t k = 0; k < K; k++) {                                                         \
+            float value = widen(x, TYPE, k);                                                      \
+            int32_t bits;                                                                         \
+            memcpy(&bits, &value, sizeof bits);                                                   \
+            bits &= 0x7fffffff;                                                                   \
+            most = bits > most ? bits : most;                                                     \
+            value /= scale;                                                                       \
+            memcpy(&bits, &value, sizeof bits);                                                   \
+            /* Clamped as integers, which takes no branch: within +-128, a NaN too. */            \
+            int32_t size = bits & 0x7fffffff;                                                     \
+            size = size < 0x43000000 ? size : 0x43000000;                                         \
+            bits = size | (bits & (int32_t)0x80000000);                                           \
+            memcpy(&value, &bits, sizeof bits);                                                   \
+            int32_t rounded = (int32_t)((value + magic) - magic);                                 \
+            q[k] = (int16_t)(rounded < 127 ? rounded : 127);                                      \
+        }                                                                                         \
+        return most < 0x7f800000;                                                                 \
     }
 ROW_FUNCTIONS(f32, , FLOAT32)
 ROW_FUNCTIONS(bf16, , BFLOAT16)
@@ -228,16 +250,17 @@ ROW_FUNCTIONS(bf16_avx2, AVX2, BFLOAT16)
 typedef struct {
     float (*amax)(const void *, int64_t);
     void (*round)(const void *, int64_t, float, int16_t *, int16_t *);
+    int (*clamp)(const void *, int64_t, float, int16_t *);
 } row_functions_t;
 
 static row_functions_t row_functions(int64_t set, int64_t type) {
 #ifdef __x86_64__
     if (set > 0)
-        return type == FLOAT32 ? (row_functions_t){row_amax_f32_avx2, row_round_f32_avx2}
-                               : (row_functions_t){row_amax_bf16_avx2, row_round_bf16_avx2};
+        return type == FLOAT32 ? (row_functions_t){row_amax_f32_avx2, row_round_f32_avx2, row_clamp_f32_avx2}
+                               : (row_functions_t){row_amax_bf16_avx2, row_round_bf16_avx2, row_clamp_bf16_avx2};
 #endif
-    return type == FLOAT32 ? (row_functions_t){row_amax_f32, row_round_f32}
-                           : (row_functions_t){row_amax_bf16, row_round_bf16};
+    return type == FLOAT32 ? (row_functions_t){row_amax_f32, row_round_f32, row_clamp_f32}
+                           : (row_functions_t){row_amax_bf16, row_round_bf16, row_clamp_bf16};
 }
 
 /* What one integer of a row stands for; NaN where amax is no finite number. */
@@ -262,6 +285,15 @@ static float quantize_row(
         if (low) low[K] = 0;
     }
     return row_scale_of(amax, levels);
+}
+
+/* One row as integers of a static scale, which is returned; a NaN as above. */
+static float quantize_static(
+    row_functions_t f, const void *x, int64_t K, float scale, int16_t *q) {
+    int is_finite = f.clamp(x, K, scale, q);
+    if (!is_finite) memset(q, 0, 2 * K);
+    if (K % 2) q[K] = 0;
+    return is_finite ? scale : NAN;
 }
 
 /* ---- the product ---- */
@@ -335,14 +367,15 @@ static void multiply(const product_t *p, int64_t block, int64_t m0, int64_t rows
 
    set: index of an instruction set that works here. x: [M, K] of x_type (FLOAT32, BFLOAT16), rows
    x_stride elements apart. amax: NULL, or for each row the largest absolute value of the longer row
-   that it is a part of. levels: the largest |q|; above 32767 it takes two planes. scale: [N].
+   that it is a part of. input_scale: NULL, or the one scale of static activations. levels: the largest |q|; above 32767 it takes two planes. scale: [N].
    bias: [N] of bias_type or NULL. out: [M, N] of out_type; INT32 and INT64 take the bare sums.
+   damaged: NULL, or room for M, which become 1 for a row that holds an infinity or a NaN, else 0.
    work: room for planes * M * (K rounded up to even) int16 and, behind them, M floats. */
 typedef struct {
     int64_t set;
     const void *x;
     int64_t x_type, x_stride;
-    const float *amax;
+    const float *amax, *input_scale;
     int64_t M, K, levels;
     const int8_t *packed;
     int64_t N;
@@ -351,6 +384,7 @@ typedef struct {
     int64_t bias_type;
     void *out;
     int64_t out_type;
+    int32_t *damaged;
     void *work;
 } linear_t;
 
@@ -366,10 +400,16 @@ int shardrun_linear(const linear_t *a) {
 #pragma omp parallel if (a->N * K * M > 65536)
     {
 #pragma omp for schedule(static)
-        for (int64_t m = 0; m < M; m++)
-            row_scale[m] = quantize_row(
-                f, (const char *)a->x + m * a->x_stride * size, K, (float)a->levels, q + m * stride,
-                num_planes == 2 ? q + (M + m) * stride : 0, a->amax ? a->amax + m : 0);
+        for (int64_t m = 0; m < M; m++) {
+            const char *x = (const char *)a->x + m * a->x_stride * size;
+            if (a->input_scale)
+                row_scale[m] = quantize_static(f, x, K, *a->input_scale, q + m * stride);
+            else
+                row_scale[m] = quantize_row(
+                    f, x, K, (float)a->levels, q + m * stride,
+                    num_planes == 2 ? q + (M + m) * stride : 0, a->amax ? a->amax + m : 0);
+            if (a->damaged) a->damaged[m] = isnan(row_scale[m]);
+        }
 /* A core that others use too takes fewer blocks. */
 #pragma omp for schedule(dynamic, 4) nowait
         for (int64_t block = 0; block < num_blocks; block++)
@@ -396,11 +436,13 @@ int shardrun_row_amax(const row_amax_t *a) {
     return 0;
 }
 
-/* sums: [M, N] of sums_type (INT32, INT64). amax: [M], of the whole rows. The rest as above. */
+/* sums: [M, N] of sums_type (INT32, INT64). amax: [M], of the whole rows; or input_scale, and
+   damaged: [M], above 0 for rows that are to be NaN. The rest as above. */
 typedef struct {
     const void *sums;
     int64_t sums_type;
-    const float *amax;
+    const float *amax, *input_scale;
+    const int32_t *damaged;
     int64_t levels, M, N;
     const float *scale;
     const void *bias;
@@ -412,13 +454,16 @@ typedef struct {
 /* out = sums * row_scale * scale + bias: what bare sums that were added up between ranks stand for. */
 int shardrun_finish(const finish_t *a) {
     epilogue_t e = {a->scale, a->bias, a->bias_type, a->out, a->out_type, a->N};
-    for (int64_t m = 0; m < a->M; m++)
+    for (int64_t m = 0; m < a->M; m++) {
+        float row_scale = a->input_scale ? a->damaged[m] ? NAN : *a->input_scale
+                                         : row_scale_of(a->amax[m], (float)a->levels);
         for (int64_t n = 0; n < a->N; n += BLOCK) {
             int64_t sums[BLOCK], count = a->N - n < BLOCK ? a->N - n : BLOCK;
             for (int64_t i = 0; i < count; i++)
                 sums[i] = a->sums_type == INT32 ? ((const int32_t *)a->sums)[m * a->N + n + i]
                                                 : ((const int64_t *)a->sums)[m * a->N + n + i];
-            scale_sums(&e, m, n, count, sums, row_scale_of(a->amax[m], (float)a->levels));
+            scale_sums(&e, m, n, count, sums, row_scale);
         }
+    }
     return 0;
 }

@@ -18,10 +18,11 @@ _POINTER, _SIZE, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 # The functions that take one struct, and its fields as the C files declare them: numbers, addresses
 # (*) and doubles (%), each of eight bytes.
 _CALLS = {
-    "linear": "set *x x_type x_stride *amax M K levels *packed N *scale *bias bias_type *out "
-    "out_type *work",
+    "linear": "set *x x_type x_stride *amax *input_scale M K levels *packed N *scale *bias "
+    "bias_type *out out_type *damaged *work",
     "row_amax": "set *x x_type x_stride M K *amax",
-    "finish": "*sums sums_type *amax levels M N *scale *bias bias_type *out out_type",
+    "finish": "*sums sums_type *amax *input_scale *damaged levels M N *scale *bias bias_type *out "
+    "out_type",
     "bfloat16": "set *x x_type x_stride M K *w N *bias bias_type *out out_type *work",
     "attend": "set *q q_row q_head *keys *values type row head *positions B K G C *out",
     "write_slots": "*keys *values stride *slots T H bytes *to_keys *to_values head",
