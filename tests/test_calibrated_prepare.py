@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from launcher.calibration_texts import read_texts
 from launcher.failures import ConfigError
@@ -52,7 +55,10 @@ def tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, source.read(name, tuple(slice(0, length) for length in info.shape))
 
 
-@pytest.mark.parametrize("fields", [GPTQ, SMOOTH], ids=["gptq int4", "smooth_quant"])
+STATIC = {**SMOOTH, "act_quant_granularity": "per_tensor"}
+
+
+@pytest.mark.parametrize("fields", [GPTQ, STATIC], ids=["gptq int4", "static smooth_quant"])
 def test_calibrated_shards_are_the_same_integers_at_every_tp(fields, tmp_path):
     found = {}
     for tp in (1, 2):
@@ -223,3 +229,57 @@ def test_layers_of_unlike_activations_are_refused():
     })  # fmt: skip
     with pytest.raises(QuantError, match="takes one kind for each layer"):
         check_layers(open_checkpoint(DEMO).layout(scheme))
+
+
+def with_outliers(folder: Path) -> Path:
+    """The demo model with activations 64 times as large in four channels of every norm.
+
+    Weights are divided by the same power of two, so in floats it is the same model bit for bit.
+    """
+    path = folder / "outliers"
+    shutil.copytree(DEMO, path, ignore=shutil.ignore_patterns("*.py", "*.safetensors"))
+    with safe_open(DEMO / "model.safetensors", "pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    channels = torch.tensor([3, 50, 101, 200])
+    readers = {
+        "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+    }
+    for layer in range(4):
+        for norm, modules in readers.items():
+            weights[f"model.layers.{layer}.{norm}.weight"][channels] *= 64
+            for module in modules:
+                weights[f"model.layers.{layer}.{module}.weight"][:, channels] /= 64
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def increase(path: Path, fields: Mapping[str, object]) -> float:
+    """Percent of the held-out perplexity that quantizing costs."""
+    checkpoint = open_checkpoint(path)
+    layout = checkpoint.layout(QuantScheme.from_dict(dict(fields)))
+    tokenizer = open_tokenizer(DEMO)
+    ids = tokenizer.encode((DEMO / "calibration.txt").read_text())
+    samples = [ids[start : start + 256] for start in range(0, 1024, 256)]
+    held_out = tokenizer.encode((DEMO / "held_out.txt").read_text())
+    texts = [held_out[start : start + 256] for start in range(0, 1024, 256)]
+    calibration = Calibration(
+        checkpoint.config, checkpoint.source, samples,
+        lambda index: recipe_of(layout, index), held_out_ids=texts,
+    )  # fmt: skip
+    witness = HeldOut(texts)
+    for _ in calibrate(calibration, LoneGroup(), held_out=witness):
+        pass
+    return witness.perplexities(layout, checkpoint.source, LoneGroup()).increase
+
+
+def test_smooth_quant_beats_plain_int8_where_channels_are_outliers(tmp_path):
+    path = with_outliers(tmp_path)
+    plain = {**SMOOTH, "quant_method": "rtn"}
+    assert increase(path, SMOOTH) < 0.1 * increase(path, plain)
+
+
+def test_gptq_beats_rounding_to_nearest_at_4_bits():
+    assert increase(DEMO, GPTQ) < 0.9 * increase(
+        DEMO, {**GPTQ, "quant_method": "rtn", "precision_recovery": None}
+    )
