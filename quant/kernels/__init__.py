@@ -29,7 +29,7 @@ class Kernel(Protocol):
 
 def has_product(kernel: str, scheme: LinearScheme) -> bool:
     """Whether a kernel multiplies weights of a scheme itself, or leaves them to the reference."""
-    if kernel == ReferenceKernel.name:
+    if kernel in (ReferenceKernel.name, "native"):
         return True
     return scheme.weight_dtype == "int8" and scheme.group_size is None
 

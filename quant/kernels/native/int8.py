@@ -1,0 +1,60 @@
+"""int8 weights with one scale a channel, as int8.c multiplies them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quant.activations import num_levels
+from quant.kernels.native.library import TYPES, call, open_library
+from quant.kernels.native.weight import (
+    BLOCK,
+    NativeWeight,
+    bias_and_type,
+    num_planes,
+    with_rows,
+)
+from quant.weight import QuantizedWeight
+
+
+class Int8NativeWeight(NativeWeight):
+    """Pairs of columns of 32 channels side by side."""
+
+    def __init__(self, weight: QuantizedWeight, set_index: int) -> None:
+        assert weight.bits == 8, weight.scheme
+        assert weight.group_size is None, weight.scheme
+        out_features, in_features = weight.shape
+        self._set_index = set_index
+        self.packed = torch.empty(
+            -(-out_features // BLOCK), -(-in_features // 2), BLOCK, 2, dtype=torch.int8
+        )
+        values_NK = with_columns(weight.values_NK)
+        open_library().shardrun_pack(
+            values_NK.data_ptr(), values_NK.stride(0), *values_NK.shape, self.packed.data_ptr()
+        )
+        self.scale_N = weight.scale_NG.float().reshape(-1).contiguous()
+        self.activation_dtype = weight.activation_dtype
+        self.shape = (out_features, in_features)
+        self.nbytes = self.packed.nbytes + self.scale_N.nbytes
+
+    def _multiply(
+        self, x_MK: Tensor, amax_M: Tensor | None, bias_N: Tensor | None, out_dtype: torch.dtype
+    ) -> Tensor:
+        levels = num_levels(x_MK.dtype, self.activation_dtype)
+        x_MK = with_rows(x_MK)
+        num_rows, in_features = x_MK.shape
+        assert in_features == self.shape[1], (x_MK.shape, self.shape)
+        work_size = num_rows * (num_planes(levels) * 2 * (in_features + in_features % 2) + 4)
+        work = torch.empty(work_size, dtype=torch.uint8)
+        out_MN = torch.empty(num_rows, self.shape[0], dtype=out_dtype)
+        call(
+            "linear", self._set_index, x_MK, TYPES[x_MK.dtype], x_MK.stride(0), amax_M,
+            num_rows, in_features, levels, self.packed, self.shape[0], self.scale_N,
+            *bias_and_type(bias_N, self.shape[0]), out_MN, TYPES[out_dtype], work,
+        )  # fmt: skip
+        return out_MN
+
+
+def with_columns(values_NK: Tensor) -> Tensor:
+    """A row's numbers side by side."""
+    return values_NK if values_NK.stride(1) == 1 else values_NK.contiguous()
