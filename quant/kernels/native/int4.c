@@ -26,7 +26,7 @@
 #include "rows.h"
 
 #define ROWS 6      /* most rows of a tile, as in int8.c */
-#define STEP 128    /* most columns at a time: 8 KB widened */
+#define STEP 128    /* most columns at a time: 8 KB widened, 12 KB of a panel's activations */
 #define PANEL 48    /* rows whose sums a thread holds at a time */
 #define AHEAD 2048  /* bytes that one row's product fetches ahead */
 #define FLOAT16 4   /* a type that only scales have */
@@ -50,8 +50,8 @@ typedef struct {
     int64_t source;
     const void *w;    /* packed, or WIDE: int16 [num_columns / 2][32][2] */
     int16_t *wide;    /* where NIBBLES_KEPT are kept so */
-    const int16_t *x; /* [rows][x_stride] */
-    int64_t x_stride, num_columns, rows;
+    const int16_t *x; /* [rows][STEP] */
+    int64_t num_columns, rows;
     int64_t first_group, group; /* columns of the first group, which may begin before, and of others */
     const float *scale;         /* [groups][32], or NULL */
     float *out;           /* [rows][32], where there are scales: the scaled sums are added to it */
@@ -219,8 +219,8 @@ void shardrun_pack_int4(const int8_t *src, int64_t stride, int64_t N, int64_t K,
    group_size: a multiple of 8 that is at most STEP, or 0 where a row has one scale. first: the place of
    the first packed column in its group. scales: [N / 32][groups][32] of scales_type, or NULL.
    scale: [N], or NULL where there are scales. bare: the sums are stored as they are, FLOAT32 where
-   there are groups, else INT32 or INT64. work: room for M * planes rows of `row_stride` int16 and,
-   behind them, M floats. */
+   there are groups, else INT32 or INT64. work: room for M floats and, behind them, M * planes rows of
+   int16, as many as there are columns from the beginning of the first group, in whole steps. */
 typedef struct {
     int64_t set;
     const void *x;
@@ -237,14 +237,13 @@ typedef struct {
     void *out;
     int64_t out_type, bare;
     void *work;
-    int64_t row_stride;
 } int4_t;
 
 typedef struct {
     const int4_t *a;
     const set_t *set;
     int64_t columns, num_planes, num_groups; /* columns: a multiple of 8 */
-    const int16_t *q;                        /* [M][planes][row_stride] */
+    const int16_t *q;                        /* [steps][M][planes][STEP] */
     const float *row_scale;                  /* [M] */
     epilogue_t end;
 } product_t;
@@ -257,10 +256,20 @@ typedef union {
 
 static int64_t column_bytes(const int4_t *a) { return BLOCK * a->bits / 8; }
 
+/* Of an activation, its column counted from the beginning of the first one's group. */
+static int64_t place_of(const product_t *p, int64_t m, int64_t plane, int64_t k) {
+    return ((k / STEP * p->a->M + m) * p->num_planes + plane) * STEP + k % STEP;
+}
+
 /* Rows of a tile: no row's planes apart, and 8 rows are two tiles of 4, not 6 and 2. */
 static int64_t tile_rows(int64_t left, int64_t num_planes) {
     int64_t most = ROWS / num_planes;
     return left <= most ? left : left < 2 * most ? (left + 1) / 2 : most;
+}
+
+static int64_t count_tiles(int64_t rows, int64_t num_planes) {
+    int64_t most = ROWS / num_planes;
+    return (rows + most - 1) / most;
 }
 
 /* What a tile has stored instead of adding it up. */
@@ -272,29 +281,29 @@ static void add_sums(
         else p->set->add_step(sums, p->num_planes, totals->whole + m * BLOCK);
 }
 
-/* Some columns of a block times some rows. t: says all of them but the rows. */
+/* Some columns of a block times some rows: t says all but the rows.
+   wide: room for the columns, where there are several tiles. */
 static void multiply_step(
-    const product_t *p, tile_t t, int64_t rows, const float *scale, totals_t *totals) {
+    const product_t *p, tile_t *t, int64_t rows, const float *scale, totals_t *totals, int16_t *wide) {
     const int4_t *a = p->a;
-    int16_t wide[STEP * BLOCK] __attribute__((aligned(64)));
     int32_t sums[ROWS * BLOCK];
-    int64_t num_planes = p->num_planes, most = ROWS / num_planes, num_tiles = (rows + most - 1) / most;
-    const int16_t *q = t.x;
-    t.source = a->bits == 8 ? BYTES : num_tiles > 1 ? NIBBLES_KEPT : NIBBLES_ONCE;
-    t.wide = wide;
-    t.sums = sums;
+    int64_t num_planes = p->num_planes, num_tiles = count_tiles(rows, num_planes);
+    const int16_t *q = t->x;
+    t->source = a->bits == 8 ? BYTES : num_tiles > 1 ? NIBBLES_KEPT : NIBBLES_ONCE;
+    t->wide = wide;
+    t->sums = sums;
     /* Each tile fetches its share of the weights that come next, so that memory never waits. */
-    t.ahead = (const uint8_t *)t.w + t.num_columns * column_bytes(a);
-    t.ahead_step = 8 * column_bytes(a) / (num_tiles * p->set->num_parts);
+    t->ahead = (const uint8_t *)t->w + t->num_columns * column_bytes(a);
+    t->ahead_step = 8 * column_bytes(a) / (num_tiles * p->set->num_parts);
     for (int64_t m = 0, count; m < rows; m += count) {
         count = tile_rows(rows - m, num_planes);
-        t.x = q + m * num_planes * a->row_stride;
-        t.rows = count * num_planes;
-        t.out = totals->scaled + m * BLOCK;
-        p->set->tile(&t);
-        if (!t.scale) add_sums(p, count, sums, scale, totals, m);
-        t.ahead += p->set->num_parts * t.num_columns / 8 * t.ahead_step;
-        if (t.source == NIBBLES_KEPT) t.source = WIDE, t.w = wide;
+        t->x = q + m * num_planes * STEP;
+        t->rows = count * num_planes;
+        t->out = totals->scaled + m * BLOCK;
+        p->set->tile(t);
+        if (!t->scale) add_sums(p, count, sums, scale, totals, m);
+        t->ahead += p->set->num_parts * t->num_columns / 8 * t->ahead_step;
+        if (t->source == NIBBLES_KEPT) t->source = WIDE, t->w = wide;
     }
 }
 
@@ -327,8 +336,9 @@ static void enter_groups(const product_t *p, int64_t block, int64_t k, tile_t *t
 static void multiply(const product_t *p, int64_t block, int64_t m0, int64_t rows) {
     const int4_t *a = p->a;
     totals_t totals;
-    float scale[STEP / 8 * BLOCK];
-    /* Sums in two planes are joined before they are scaled, so each of their groups is a step. */
+    float scale[(STEP / 8 + 1) * BLOCK];
+    int16_t wide[STEP * BLOCK] __attribute__((aligned(64)));
+    /* Sums in two planes are joined before they are scaled, so there each group is a step. */
     int64_t adds = a->scales && p->num_planes == 1, size = a->scales && !adds ? a->group_size : STEP;
     if (a->scales)
         for (int64_t i = 0; i < rows * BLOCK; i++) totals.scaled[i] = -0.0f; /* + x is x, always */
@@ -338,35 +348,38 @@ static void multiply(const product_t *p, int64_t block, int64_t m0, int64_t rows
         if (end > p->columns) end = p->columns;
         tile_t t = {
             .w = a->packed + (block * p->columns + k) * column_bytes(a),
-            .x = p->q + m0 * p->num_planes * a->row_stride + k, .x_stride = a->row_stride,
-            .num_columns = end - k, .first_group = end - k, .scale = adds ? scale : 0};
+            .x = p->q + place_of(p, m0, 0, a->first + k), .num_columns = end - k, .first_group = end - k, .scale = adds ? scale : 0};
         if (a->scales) enter_groups(p, block, k, &t, scale);
-        multiply_step(p, t, rows, a->scales ? scale : 0, &totals);
+        multiply_step(p, &t, rows, a->scales ? scale : 0, &totals, wide);
     }
     for (int64_t m = 0; m < rows; m++) finish(p, m0 + m, block * BLOCK, &totals, m);
 }
 
-/* Row m as integers with zeros around them; returns its scale. */
+/* Row m as integers, with zeros around them; returns its scale. */
 static float place_row(const product_t *p, row_functions_t f, int16_t *q, int64_t m) {
     const int4_t *a = p->a;
-    int64_t size = a->x_type == FLOAT32 ? 4 : 2;
-    int16_t *high = q + m * p->num_planes * a->row_stride;
-    int16_t *low = p->num_planes == 2 ? high + a->row_stride : 0;
+    int64_t size = a->x_type == FLOAT32 ? 4 : 2, begin = a->first + a->before, end = begin + a->K;
+    const char *x = (const char *)a->x + m * a->x_stride * size;
+    float amax = a->amax ? a->amax[m] : f.amax(x, a->K);
     for (int64_t plane = 0; plane < p->num_planes; plane++) {
-        memset(high + plane * a->row_stride, 0, 16);
-        memset(high + plane * a->row_stride + p->columns - 8, 0, 16);
+        memset(q + place_of(p, m, plane, a->first), 0, 16);
+        memset(q + place_of(p, m, plane, a->first + p->columns - 8), 0, 16);
     }
-    return quantize_row(
-        f, (const char *)a->x + m * a->x_stride * size, a->K, (float)a->levels, high + a->before,
-        low ? low + a->before : 0, a->amax ? a->amax + m : 0);
+    for (int64_t k = begin, next; k < end; k = next) {
+        next = k + STEP - k % STEP < end ? k + STEP - k % STEP : end;
+        round_row(
+            f, x + (k - begin) * size, next - k, amax, (float)a->levels, q + place_of(p, m, 0, k),
+            p->num_planes == 2 ? q + place_of(p, m, 1, k) : 0);
+    }
+    return row_scale_of(amax, (float)a->levels);
 }
 
 /* out = x @ W.T * scale + bias. */
 int shardrun_int4(const int4_t *a) {
     int64_t num_planes = a->levels > 32767 ? 2 : 1, columns = (a->before + a->K + 7) / 8 * 8;
     int64_t num_groups = a->scales ? (a->first + columns + a->group_size - 1) / a->group_size : 0;
-    int16_t *q = a->work;
-    float *row_scale = (float *)(q + num_planes * a->M * a->row_stride);
+    float *row_scale = a->work;
+    int16_t *q = (int16_t *)(row_scale + a->M);
     product_t p = {a, &SETS[a->set], columns, num_planes, num_groups, q, row_scale,
                    {a->scale, a->bias, a->bias_type, a->out, a->out_type, a->N}};
     row_functions_t f = row_functions(a->set, a->x_type);

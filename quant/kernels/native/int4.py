@@ -19,9 +19,7 @@ from quant.kernels.native.weight import (
 from quant.weight import QuantizedWeight
 
 COLUMNS = 8  # whose nibbles lie in four bytes
-MOST_GROUP = 128  # STEP of int4.c
-# int16 between rows of activations, so that they do not share the sets of a cache.
-PAD = 32
+STEP = 128  # as in int4.c, a multiple of all group sizes
 SCALE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 4}
 
 
@@ -33,8 +31,7 @@ class GroupedNativeWeight(NativeWeight):
 
     def __init__(self, weight: QuantizedWeight, set_index: int) -> None:
         size = weight.group_size or 0
-        assert size % COLUMNS == 0, weight.scheme
-        assert size <= MOST_GROUP, weight.scheme
+        assert size == 0 or (size % COLUMNS == 0 and STEP % size == 0), weight.scheme
         assert min(weight.shape) > 0, weight.shape
         self._set_index, self._bits = set_index, weight.bits
         # Groups begin at a multiple of 8 of the packed columns.
@@ -59,8 +56,8 @@ class GroupedNativeWeight(NativeWeight):
         x_MK = with_rows(x_MK)
         num_rows, in_features = x_MK.shape
         assert in_features == self.shape[1], (x_MK.shape, self.shape)
-        row_stride = COLUMNS * -(-(self._before + in_features) // COLUMNS) + PAD
-        work_size = num_rows * (num_planes(levels) * 2 * row_stride + 4)
+        num_steps = -(-(self._first + self._before + in_features) // STEP)
+        work_size = num_rows * (num_planes(levels) * 2 * num_steps * STEP + 4)
         work = torch.empty(work_size, dtype=torch.uint8)
         out_MN = torch.empty(num_rows, self.shape[0], dtype=out_dtype)
         is_grouped = self._scales is not None
@@ -70,7 +67,7 @@ class GroupedNativeWeight(NativeWeight):
             self.group_size or 0, self._first, self._scales,
             SCALE_TYPES[self._scales.dtype] if self._scales is not None else 0,
             None if is_grouped else self.scale_N, *bias_and_type(bias_N, self.shape[0]),
-            out_MN, TYPES[out_dtype], int(amax_M is not None), work, row_stride,
+            out_MN, TYPES[out_dtype], int(amax_M is not None), work,
         )  # fmt: skip
         return out_MN
 

@@ -71,7 +71,7 @@ TARGET static inline __attribute__((always_inline)) void NAME(int4_part)(
     int16_t *wide = t->wide;
     const int16_t *x = t->x;
     const uint8_t *ahead = t->ahead + v / 2 * (t->num_columns / 8 * t->ahead_step);
-    int64_t x_stride = t->x_stride, ahead_step = t->ahead_step;
+    int64_t ahead_step = t->ahead_step;
     const int16_t *end = x + t->num_columns, *group_end = x + t->first_group;
     const float *scale = t->scale;
     do {
@@ -89,7 +89,7 @@ TARGET static inline __attribute__((always_inline)) void NAME(int4_part)(
             STORE_W(wide + 2 * BLOCK * i + 2 * LANES * (v + 1), w_high);                       \
         }                                                                                      \
         for (int m = 0; m < rows; m++) {                                                       \
-            W pair = LOAD_X(x + m * x_stride + 2 * i);                                         \
+            W pair = LOAD_X(x + m * STEP + 2 * i);                                         \
             low[m] = DOT(low[m], w_low, pair);                                                 \
             high[m] = DOT(high[m], w_high, pair);                                              \
             /* Hoisted loads would need more registers than there are. */                      \

@@ -186,6 +186,20 @@ void shardrun_pack(const int8_t *src, int64_t stride, int64_t N, int64_t K, int8
 
 /* ---- the product ---- */
 
+/* One row as integers, a zero after an odd number; returns its scale.
+   given: the amax of a longer row that this is a part of, or NULL. */
+static float quantize_row(
+    row_functions_t f, const void *x, int64_t K, float levels, int16_t *high, int16_t *low,
+    const float *given) {
+    float amax = given ? *given : f.amax(x, K);
+    round_row(f, x, K, amax, levels, high, low);
+    if (K % 2) {
+        high[K] = 0;
+        if (low) low[K] = 0;
+    }
+    return row_scale_of(amax, levels);
+}
+
 typedef struct {
     block_t block;
     int64_t M, K, N, num_planes, stride; /* stride: int16 between rows of q */

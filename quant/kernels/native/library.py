@@ -21,7 +21,7 @@ _CALLS = {
     "linear": "set *x x_type x_stride *amax M K levels *packed N *scale *bias bias_type *out "
     "out_type *work",
     "int4": "set *x x_type x_stride *amax M K levels *packed bits N before group_size first *scales "
-    "scales_type *scale *bias bias_type *out out_type bare *work row_stride",
+    "scales_type *scale *bias bias_type *out out_type bare *work",
     "row_amax": "set *x x_type x_stride M K *amax",
     "finish": "*sums sums_type *amax levels M N *scale *bias bias_type *out out_type",
     "bfloat16": "set *x x_type x_stride M K *w N *bias bias_type *out out_type *work",

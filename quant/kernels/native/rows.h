@@ -70,22 +70,15 @@ static float row_scale_of(float amax, float levels) {
     return (amax < LEAST_AMAX ? LEAST_AMAX : amax) / levels;
 }
 
-/* One row as integers, x / scale rounded; returns the scale. A row that holds an infinity or a NaN
-   gets zeros and a NaN as scale, which makes its whole output one.
-   given: the amax of a longer row that this is a part of, or NULL. */
-static float quantize_row(
-    row_functions_t f, const void *x, int64_t K, float levels, int16_t *high, int16_t *low,
-    const float *given) {
-    float amax = given ? *given : f.amax(x, K);
+/* A part of a row as integers, x / scale rounded. A row that holds an infinity or a NaN gets zeros and,
+   from row_scale_of, a NaN as scale, which makes its whole output one. */
+static inline void round_row(
+    row_functions_t f, const void *x, int64_t K, float amax, float levels, int16_t *high,
+    int16_t *low) {
     if (!isfinite(amax)) {
         memset(high, 0, 2 * K);
         if (low) memset(low, 0, 2 * K);
     } else f.round(x, K, levels / (amax < LEAST_AMAX ? LEAST_AMAX : amax), high, low);
-    if (K % 2) {
-        high[K] = 0;
-        if (low) low[K] = 0;
-    }
-    return row_scale_of(amax, levels);
 }
 
 #endif
