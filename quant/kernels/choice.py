@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,8 +38,15 @@ SCHEMES: Mapping[str, LinearScheme] = {
     for scheme in (
         LinearScheme("int8", activation_dtype="int8"),
         LinearScheme("int8"),
+        *(
+            LinearScheme(*grid, activation_dtype=activation_dtype)
+            for grid in (("int4", None), ("int4", 32), ("int4", 64), ("int4", 128))
+            for activation_dtype in ("int8", None)
+        ),
     )
 }
+# Those whose sums are checked: two of groups, which share their instructions.
+_ALL_SCHEMES = (*SCHEMES.values(), LinearScheme("int8", 32), LinearScheme("int8", 128))
 # Rows of the products that are timed: one sequence's decode, a batch's, a prompt's.
 ROWS = (1, 8, 128)
 # 16 MiB of int8 each; together more than a last-level cache.
@@ -75,18 +82,33 @@ def problem(name: str) -> str | None:
 
 
 def is_exact(kernel: Kernel) -> bool:
-    """Whether the largest products add up right: all 127 (255 unsigned) times all +-127 and -128."""
-    shape = (64, 1024)
-    values = [torch.full(shape, value, dtype=torch.int8) for value in (127, -127, -128)]
-    mixed = torch.arange(shape[0] * shape[1]).remainder(256).sub(128).to(torch.int8).view(shape)
-    signs = torch.ones(2, shape[1])
+    """Whether the largest products add up right: all 127 (255 unsigned) times all +-127 and -128.
+
+    Of int4 and of groups likewise, where the kernel has products for them.
+    """
+    num_columns = 1024
+    signs = torch.ones(2, num_columns)
     signs[1, ::2] = -1
-    x_MK = torch.cat([signs, -signs, torch.linspace(-1, 1, shape[1])[None]])
+    x_MK = torch.cat([signs, -signs, torch.linspace(-1, 1, num_columns)[None]])
+    schemes = [scheme for scheme in _ALL_SCHEMES if has_product(kernel.name, scheme)]
     return all(
-        _is_equal(kernel, QuantizedWeight(value, torch.ones(shape[0], 1), activation_dtype), x_MK)
-        for value in (*values, mixed)
-        for activation_dtype in ("int8", None)
+        _is_equal(kernel, weight, x_MK)
+        for scheme in schemes
+        for weight in _extreme_weights(scheme, num_columns)
     )
+
+
+def _extreme_weights(scheme: LinearScheme, num_columns: int) -> Iterator[QuantizedWeight]:
+    """The highest values, the lowest, the lowest but one, and all of them in turn."""
+    grid = Grid(scheme.bits, scheme.group_size)
+    shape = (64, num_columns)
+    turns = torch.arange(64 * num_columns).remainder(2**scheme.bits) + grid.lowest
+    values = [torch.full(shape, value) for value in (grid.highest, -grid.highest, grid.lowest)]
+    scale_NG = torch.ones(64, grid.num_groups(num_columns))
+    for value in (*values, turns.view(shape)):
+        yield QuantizedWeight(
+            value.to(torch.int8), scale_NG, scheme.activation_dtype, scheme.bits, scheme.group_size
+        )
 
 
 def _is_equal(kernel: Kernel, weight: QuantizedWeight, x_MK: Tensor) -> bool:
