@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,21 +33,21 @@ KERNELS: Mapping[str, Callable[[], Kernel]] = {
     "onednn": OneDnnKernel,
     "reference": ReferenceKernel,
 }
-# The schemes that are timed, where a kernel has a product for them.
+_ACTIVATIONS = ("int8", None)
+_ALL_SCHEMES = tuple(
+    LinearScheme(weight_dtype, group_size, activation_dtype)
+    for weight_dtype in ("int8", "int4")
+    for group_size in (None, 32, 64, 128)
+    for activation_dtype in _ACTIVATIONS
+)
+# The schemes that are timed, where a kernel has a product for them; others have the times of those
+# that are most like them.
 SCHEMES: Mapping[str, LinearScheme] = {
     scheme.label: scheme
-    for scheme in (
-        LinearScheme("int8", activation_dtype="int8"),
-        LinearScheme("int8"),
-        *(
-            LinearScheme(*grid, activation_dtype=activation_dtype)
-            for grid in (("int4", None), ("int4", 32), ("int4", 64), ("int4", 128))
-            for activation_dtype in ("int8", None)
-        ),
-    )
+    for weight_dtype, group_size in (("int8", None), ("int4", 128))
+    for activation_dtype in _ACTIVATIONS
+    for scheme in [LinearScheme(weight_dtype, group_size, activation_dtype)]
 }
-# Those whose sums are checked: two of groups, which share their instructions.
-_ALL_SCHEMES = (*SCHEMES.values(), LinearScheme("int8", 32), LinearScheme("int8", 128))
 # Rows of the products that are timed: one sequence's decode, a batch's, a prompt's.
 ROWS = (1, 8, 128)
 # 16 MiB of int8 each; together more than a last-level cache.
@@ -152,17 +153,29 @@ def _detail(name: str) -> str:
 
 
 def _time_schemes(kernel: Kernel) -> dict[str, dict[str, float]]:
+    """By the labels of all schemes that the kernel has products for."""
+    products = [scheme for scheme in _ALL_SCHEMES if has_product(kernel.name, scheme)]
+    times = {label: _time_scheme(kernel, SCHEMES[label]) for label in _labels_timed(products)}
+    return {scheme.label: times[_label_timed(scheme)] for scheme in products}
+
+
+def _labels_timed(schemes: Sequence[LinearScheme]) -> list[str]:
+    return [label for label in SCHEMES if label in map(_label_timed, schemes)]
+
+
+def _label_timed(scheme: LinearScheme) -> str:
+    """Of the scheme that stands for this one: it has as many bits."""
+    group_size = None if scheme.weight_dtype == "int8" else 128
+    return replace(scheme, group_size=group_size).label
+
+
+def _time_scheme(kernel: Kernel, scheme: LinearScheme) -> dict[str, float]:
     """Activations are bfloat16, whose 16 bits are the usual case of W8A16."""
-    times = {}
-    for label, scheme in SCHEMES.items():
-        if not has_product(kernel.name, scheme):
-            continue
-        weights = [kernel.pack(_random_weight(scheme)) for _ in range(_COPIES)]
-        times[label] = _time_rows(
-            [lambda x_MK, weight=weight: linear(x_MK, weight) for weight in weights],  # type: ignore[misc]
-            torch.bfloat16,
-        )
-    return times
+    weights = [kernel.pack(_random_weight(scheme)) for _ in range(_COPIES)]
+    return _time_rows(
+        [lambda x_MK, weight=weight: linear(x_MK, weight) for weight in weights],  # type: ignore[misc]
+        torch.bfloat16,
+    )
 
 
 def _random_weight(scheme: LinearScheme) -> QuantizedWeight:

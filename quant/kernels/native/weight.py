@@ -35,7 +35,13 @@ class NativeWeight(PackedWeight):
         x_MK = with_rows(x_MK)
         amax_M = torch.empty(x_MK.shape[0])
         call(
-            "row_amax", self._set_index, x_MK, TYPES[x_MK.dtype], x_MK.stride(0), *x_MK.shape, amax_M
+            "row_amax",
+            self._set_index,
+            x_MK,
+            TYPES[x_MK.dtype],
+            x_MK.stride(0),
+            *x_MK.shape,
+            amax_M,
         )
         return amax_M
 
