@@ -1,15 +1,16 @@
 /* Products with int4 weights, and with int8 ones that have a scale for each group of columns: the bits
    of quant/kernels/reference.py, exact in integers as in int8.c.
 
-   32 output channels lie side by side, in fours of pairs of columns:
+   32 output channels lie side by side:
 
        int4    packed[N / 32][K / 8][32 channels][4 bytes]
        int8    packed[N / 32][K / 2][32 channels][2 columns]
 
    A channel's four bytes are two numbers of 16 bits, of the even columns and of the odd ones, and
    nibble i of each is that of pair i: two shifts give a register of pairs, which one instruction
-   multiplies by a pair of activations. For several rows the weights of a step are widened once, into
-   a buffer that stays in the first cache.
+   multiplies by a pair of activations. Where there are several tiles of rows, the first one keeps the
+   weights of a step widened for the others, in the first cache. Activations lie in steps too, so that
+   a tile needs no address a row.
 
    Columns are counted from the last multiple of 8 at or before the first one's place in its group, so
    that a group begins at a multiple of 8 wherever a rank's part of a row begins. The columns before
@@ -348,7 +349,8 @@ static void multiply(const product_t *p, int64_t block, int64_t m0, int64_t rows
         if (end > p->columns) end = p->columns;
         tile_t t = {
             .w = a->packed + (block * p->columns + k) * column_bytes(a),
-            .x = p->q + place_of(p, m0, 0, a->first + k), .num_columns = end - k, .first_group = end - k, .scale = adds ? scale : 0};
+            .x = p->q + place_of(p, m0, 0, a->first + k),
+            .num_columns = end - k, .first_group = end - k, .scale = adds ? scale : 0};
         if (a->scales) enter_groups(p, block, k, &t, scale);
         multiply_step(p, &t, rows, a->scales ? scale : 0, &totals, wide);
     }

@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quant.activations import num_levels
-from quant.kernels.native.int8 import with_columns
 from quant.kernels.native.library import TYPES, call, open_library
 from quant.kernels.native.weight import (
     BLOCK,
     NativeWeight,
     bias_and_type,
     num_planes,
+    with_columns,
     with_rows,
 )
 from quant.weight import QuantizedWeight

@@ -12,6 +12,7 @@ from quant.kernels.native.weight import (
     NativeWeight,
     bias_and_type,
     num_planes,
+    with_columns,
     with_rows,
 )
 from quant.weight import QuantizedWeight
@@ -53,8 +54,3 @@ class Int8NativeWeight(NativeWeight):
             *bias_and_type(bias_N, self.shape[0]), out_MN, TYPES[out_dtype], work,
         )  # fmt: skip
         return out_MN
-
-
-def with_columns(values_NK: Tensor) -> Tensor:
-    """A row's numbers side by side."""
-    return values_NK if values_NK.stride(1) == 1 else values_NK.contiguous()

@@ -94,3 +94,8 @@ def bias_and_type(bias_N: Tensor | None, out_features: int) -> tuple[Tensor | No
     assert len(bias_N) == out_features, (bias_N.shape, out_features)
     bias_N = with_rows(bias_N[None])[0]
     return bias_N, TYPES[bias_N.dtype]
+
+
+def with_columns(values_NK: Tensor) -> Tensor:
+    """A row's numbers side by side."""
+    return values_NK if values_NK.stride(1) == 1 else values_NK.contiguous()
