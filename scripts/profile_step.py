@@ -36,8 +36,8 @@ from parallel.group import Group, LoneGroup, SimulatedGroup
 from parallel.load import LoadTimings, load_decoder
 from parallel.model.captured import CapturedLayers
 from quant.kernels.choice import KERNELS, open_kernel
-from quant.kernels.native import NativeWeight
 from quant.kernels.native.recording import Program
+from quant.kernels.native.weight import NativeWeight
 from quant.scheme import QuantScheme
 from quant.weight import ReadyWeight
 
@@ -55,6 +55,22 @@ SCHEMES = {
     "none": QuantScheme(),
     "w8a16": QuantScheme(quant_method="rtn", weight_dtype="int8"),
     "w8a8": QuantScheme(quant_method="rtn", weight_dtype="int8", activation_dtype="int8"),
+    **{
+        name: QuantScheme(
+            quant_method="rtn",
+            weight_dtype="int4",
+            activation_dtype="int8" if name.startswith("w4a8") else None,
+            weight_quant_granularity="per_group" if size else "per_channel",
+            group_size=size,
+        )
+        for name, size in {
+            "w4a16": None,
+            "w4a8": None,
+            "w4a16-g32": 32,
+            "w4a16-g128": 128,
+            "w4a8-g128": 128,
+        }.items()
+    },
 }
 
 
@@ -156,7 +172,7 @@ def products(decoder: model.Decoder) -> Iterator[tuple[str, ReadyWeight]]:
 
 def weight_address(weight: ReadyWeight) -> int:
     """Of the bytes that a product reads."""
-    data = weight._packed if isinstance(weight, NativeWeight) else weight
+    data = weight.packed if isinstance(weight, NativeWeight) else weight
     return data.data_ptr() if isinstance(data, torch.Tensor) else id(weight)
 
 
@@ -178,7 +194,7 @@ def stamps(watch: Stopwatch, decoder: model.Decoder, *, parts: bool) -> Iterator
         name = type(arguments).__name__
         if name in RECORDED:
             return RECORDED[name]
-        return places.get(arguments.packed if name == "linear" else arguments.w, name)
+        return places.get(arguments.w if name == "bfloat16" else arguments.packed, name)
 
     group = type(decoder.group)
     targets: list[tuple[Any, str, str | Callable[..., str]]] = [

@@ -29,6 +29,11 @@ pytestmark = pytest.mark.skipif(not is_available(), reason="no C compiler at ins
 
 W8A8 = QuantScheme(quant_method="rtn", weight_dtype="int8", activation_dtype="int8")
 STATIC = replace(W8A8, act_quant_granularity="per_tensor")
+W4A16 = QuantScheme(
+    quant_method="rtn", weight_dtype="int4", weight_quant_granularity="per_group", group_size=32
+)
+W4A8 = QuantScheme(quant_method="rtn", weight_dtype="int4", activation_dtype="int8")
+SCHEMES = {"w8a16": RTN, "w8a8": W8A8, "w4a16 g32": W4A16, "w4a8": W4A8, "w8a8 static": STATIC}
 MODEL = {
     "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 131,
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -58,7 +63,7 @@ def programs(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("scheme", [RTN, W8A8, STATIC], ids=["w8a16", "w8a8", "w8a8 static"])
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
 def test_captured_steps_give_the_text_of_plain_ones(scheme, dtype, monkeypatch):
     model = decoder(LoneGroup(), scheme, dtype)
     found = texts(model)
@@ -101,6 +106,20 @@ def test_ranks_capture_their_collectives(size, scheme):
         assert found == alone
         assert num_programs == 3
         assert counts == plain_counts
+
+
+@pytest.mark.parametrize("scheme", [W4A16, W4A8], ids=["w4a16 g32", "w4a8"])
+def test_rank_captures_the_sums_of_int4(scheme, monkeypatch):
+    """Of its part of o_proj and down_proj, which are scaled after they are added up."""
+
+    def steps():
+        model = decoder(SimulatedGroup(1, 2), scheme, torch.bfloat16)
+        return texts(model), len(programs(model))
+
+    found, num_programs = steps()
+    assert num_programs == 3
+    monkeypatch.setattr(captured, "is_available", lambda: False)
+    assert steps() == (found, 0)
 
 
 def step_of_a_rank_that_ends(group):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quant.activations import num_levels, quantize_rows, row_amax
-from quant.kernels import has_product, make_ready, native, reference
+from quant.kernels import reference
 from quant.kernels.reference import ReferenceKernel
 from quant.linear import linear
 from quant.methods.rtn import round_to_nearest
@@ -191,18 +191,6 @@ def test_parts_of_unequal_schemes_are_never_fused():
     begins_inside = make_weight(Grid(4, 64)).columns(32, 201)
     with pytest.raises(AssertionError, match="one product, one scheme"):
         fuse([make_weight(Grid(4, 64), columns=169), begins_inside])
-
-
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_what_c_has_no_product_for_takes_the_reference(grid):
-    if not native.is_available():
-        pytest.skip("no C compiler at installation")
-    weight = make_weight(grid)
-    ready = make_ready(native.NativeKernel(), weight)
-    is_own = grid == Grid(8)
-    assert has_product("native", weight.scheme) == is_own
-    assert isinstance(ready, native.NativeWeight) == is_own
-    assert torch.equal(linear(random_weight(3, 201), ready), linear(random_weight(3, 201), weight))
 
 
 @pytest.mark.parametrize("group_size", [None, 32])

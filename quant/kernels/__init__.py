@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from quant.kernels.native import NativeKernel
 from quant.kernels.reference import ReferenceKernel
 from quant.scheme import LinearScheme
 from quant.weight import PackedWeight, QuantizedWeight, ReadyWeight, Weight
@@ -28,8 +29,12 @@ class Kernel(Protocol):
 
 
 def has_product(kernel: str, scheme: LinearScheme) -> bool:
-    """Whether a kernel multiplies weights of a scheme itself, or leaves them to the reference."""
-    if kernel == ReferenceKernel.name:
+    """Whether a kernel multiplies weights of a scheme itself, or leaves them to the reference.
+
+    `native` multiplies them all, wherever in a group a rank's part begins; `onednn` has int8 weights
+    with one scale a channel.
+    """
+    if kernel in (ReferenceKernel.name, NativeKernel.name):
         return True
     return scheme.weight_dtype == "int8" and scheme.group_size is None
 

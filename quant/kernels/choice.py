@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,13 +33,20 @@ KERNELS: Mapping[str, Callable[[], Kernel]] = {
     "onednn": OneDnnKernel,
     "reference": ReferenceKernel,
 }
-# The schemes that are timed, where a kernel has a product for them.
+_ACTIVATIONS = ("int8", None)
+_ALL_SCHEMES = tuple(
+    LinearScheme(weight_dtype, group_size, activation_dtype)
+    for weight_dtype in ("int8", "int4")
+    for group_size in (None, 32, 64, 128)
+    for activation_dtype in _ACTIVATIONS
+)
+# The schemes that are timed, where a kernel has a product for them; others have the times of those
+# that are most like them.
 SCHEMES: Mapping[str, LinearScheme] = {
     scheme.label: scheme
-    for scheme in (
-        LinearScheme("int8", activation_dtype="int8"),
-        LinearScheme("int8"),
-    )
+    for weight_dtype, group_size in (("int8", None), ("int4", 128))
+    for activation_dtype in _ACTIVATIONS
+    for scheme in [LinearScheme(weight_dtype, group_size, activation_dtype)]
 }
 # Rows of the products that are timed: one sequence's decode, a batch's, a prompt's.
 ROWS = (1, 8, 128)
@@ -75,18 +83,33 @@ def problem(name: str) -> str | None:
 
 
 def is_exact(kernel: Kernel) -> bool:
-    """Whether the largest products add up right: all 127 (255 unsigned) times all +-127 and -128."""
-    shape = (64, 1024)
-    values = [torch.full(shape, value, dtype=torch.int8) for value in (127, -127, -128)]
-    mixed = torch.arange(shape[0] * shape[1]).remainder(256).sub(128).to(torch.int8).view(shape)
-    signs = torch.ones(2, shape[1])
+    """Whether the largest products add up right: all 127 (255 unsigned) times all +-127 and -128.
+
+    Of int4 and of groups likewise, where the kernel has products for them.
+    """
+    num_columns = 1024
+    signs = torch.ones(2, num_columns)
     signs[1, ::2] = -1
-    x_MK = torch.cat([signs, -signs, torch.linspace(-1, 1, shape[1])[None]])
+    x_MK = torch.cat([signs, -signs, torch.linspace(-1, 1, num_columns)[None]])
+    schemes = [scheme for scheme in _ALL_SCHEMES if has_product(kernel.name, scheme)]
     return all(
-        _is_equal(kernel, QuantizedWeight(value, torch.ones(shape[0], 1), activation_dtype), x_MK)
-        for value in (*values, mixed)
-        for activation_dtype in ("int8", None)
+        _is_equal(kernel, weight, x_MK)
+        for scheme in schemes
+        for weight in _extreme_weights(scheme, num_columns)
     )
+
+
+def _extreme_weights(scheme: LinearScheme, num_columns: int) -> Iterator[QuantizedWeight]:
+    """The highest values, the lowest, the lowest but one, and all of them in turn."""
+    grid = Grid(scheme.bits, scheme.group_size)
+    shape = (64, num_columns)
+    turns = torch.arange(64 * num_columns).remainder(2**scheme.bits) + grid.lowest
+    values = [torch.full(shape, value) for value in (grid.highest, -grid.highest, grid.lowest)]
+    scale_NG = torch.ones(64, grid.num_groups(num_columns))
+    for value in (*values, turns.view(shape)):
+        yield QuantizedWeight(
+            value.to(torch.int8), scale_NG, scheme.activation_dtype, scheme.bits, scheme.group_size
+        )
 
 
 def _is_equal(kernel: Kernel, weight: QuantizedWeight, x_MK: Tensor) -> bool:
@@ -130,17 +153,29 @@ def _detail(name: str) -> str:
 
 
 def _time_schemes(kernel: Kernel) -> dict[str, dict[str, float]]:
+    """By the labels of all schemes that the kernel has products for."""
+    products = [scheme for scheme in _ALL_SCHEMES if has_product(kernel.name, scheme)]
+    times = {label: _time_scheme(kernel, SCHEMES[label]) for label in _labels_timed(products)}
+    return {scheme.label: times[_label_timed(scheme)] for scheme in products}
+
+
+def _labels_timed(schemes: Sequence[LinearScheme]) -> list[str]:
+    return [label for label in SCHEMES if label in map(_label_timed, schemes)]
+
+
+def _label_timed(scheme: LinearScheme) -> str:
+    """Of the scheme that stands for this one: it has as many bits."""
+    group_size = None if scheme.weight_dtype == "int8" else 128
+    return replace(scheme, group_size=group_size).label
+
+
+def _time_scheme(kernel: Kernel, scheme: LinearScheme) -> dict[str, float]:
     """Activations are bfloat16, whose 16 bits are the usual case of W8A16."""
-    times = {}
-    for label, scheme in SCHEMES.items():
-        if not has_product(kernel.name, scheme):
-            continue
-        weights = [kernel.pack(_random_weight(scheme)) for _ in range(_COPIES)]
-        times[label] = _time_rows(
-            [lambda x_MK, weight=weight: linear(x_MK, weight) for weight in weights],  # type: ignore[misc]
-            torch.bfloat16,
-        )
-    return times
+    weights = [kernel.pack(_random_weight(scheme)) for _ in range(_COPIES)]
+    return _time_rows(
+        [lambda x_MK, weight=weight: linear(x_MK, weight) for weight in weights],  # type: ignore[misc]
+        torch.bfloat16,
+    )
 
 
 def _random_weight(scheme: LinearScheme) -> QuantizedWeight:

@@ -15,22 +15,20 @@
    Compiled without any header of torch's; launcher and tests reach it through ctypes. OpenMP's
    functions are those of the library that torch has loaded, so both share one pool of threads. */
 
-#include <math.h>
 #include <stdint.h>
 #include <string.h>
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
 
-#include "types.h"
+#include "epilogue.h"
+#include "pack.h"
+#include "rows.h"
 
-#define BLOCK 32  /* output channels side by side */
 #define ROWS 6    /* most rows of a tile: 12 sums, 2 weights, an activation, a product: 16 registers */
-#define RADIX 254 /* of the planes */
 #define CHUNK 512 /* columns whose sum fits int32: 512 * 32258 * 128 < 2^31; 16 KB of weights */
 #define AHEAD 32  /* pairs of columns (64 bytes of weights each) that one row's product fetches ahead */
 #define PANEL 48  /* rows whose sums a thread holds at a time */
-#define LEAST_AMAX 1e-30f /* whose inverse is finite */
 
 /* ---- one tile for each instruction set ---- */
 
@@ -186,100 +184,15 @@ void shardrun_pack(const int8_t *src, int64_t stride, int64_t N, int64_t K, int8
     }
 }
 
-/* ---- activations ---- */
+/* ---- the product ---- */
 
-/* amax: the largest absolute value of a row; a NaN counts as larger than all. round: x * inverse as
-   integers. clamp: x / scale as integers of 8 bits; returns whether all of x is finite. */
-#define ROW_FUNCTIONS(SUFFIX, ATTRIBUTE, TYPE)                                                    \
-    ATTRIBUTE static float row_amax_##SUFFIX(const void *x, int64_t K) {                          \
-        int32_t most = 0;                                                                         \
-        for (int64_t k = 0; k < K; k++) {                                                         \
-            float value = widen(x, TYPE, k);                                                      \
-            int32_t bits;                                                                         \
-            memcpy(&bits, &value, sizeof bits);                                                   \
-            bits &= 0x7fffffff;                                                                   \
-            most = bits > most ? bits : most;                                                     \
-        }                                                                                         \
-        float amax;                                                                               \
-        memcpy(&amax, &most, sizeof amax);                                                        \
-        return amax;                                                                              \
-    }                                                                                             \
-    ATTRIBUTE static void row_round_##SUFFIX(                                                     \
-        const void *x, int64_t K, float inverse, int16_t *high, int16_t *low) {                   \
-        const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to integer, ties to even */ \
-        if (!low)                                                                                 \
-            for (int64_t k = 0; k < K; k++)                                                       \
-                high[k] = (int16_t)(int32_t)((widen(x, TYPE, k) * inverse + magic) - magic);      \
-        else                                                                                      \
-            for (int64_t k = 0; k < K; k++) {                                                     \
-                int32_t q = (int32_t)rintf(widen(x, TYPE, k) * inverse);                          \
-                int32_t top = (int32_t)((q * (1.0f / RADIX) + magic) - magic);                   \
-                high[k] = (int16_t)top;                                                           \
-                low[k] = (int16_t)(q - RADIX * top);                                                \
-            }                                                                                     \
-    }                                                                                             \
-    ATTRIBUTE static int row_clamp_##SUFFIX(const void *x, int64_t K, float scale, int16_t *q) {  \
-        const float magic = 12582912.0f;                                                          \
-        int32_t most = 0;                                                                         \
-        for (int64_t k = 0; k < K; k++) {                                                         \
-            float value = widen(x, TYPE, k);                                                      \
-            int32_t bits;                                                                         \
-            memcpy(&bits, &value, sizeof bits);                                                   \
-            bits &= 0x7fffffff;                                                                   \
-            most = bits > most ? bits : most;                                                     \
-            value /= scale;                                                                       \
-            memcpy(&bits, &value, sizeof bits);                                                   \
-            /* Clamped as integers, which takes no branch: within +-128, a NaN too. */            \
-            int32_t size = bits & 0x7fffffff;                                                     \
-            size = size < 0x43000000 ? size : 0x43000000;                                         \
-            bits = size | (bits & (int32_t)0x80000000);                                           \
-            memcpy(&value, &bits, sizeof bits);                                                   \
-            int32_t rounded = (int32_t)((value + magic) - magic);                                 \
-            q[k] = (int16_t)(rounded < 127 ? rounded : 127);                                      \
-        }                                                                                         \
-        return most < 0x7f800000;                                                                 \
-    }
-ROW_FUNCTIONS(f32, , FLOAT32)
-ROW_FUNCTIONS(bf16, , BFLOAT16)
-#ifdef __x86_64__
-#define AVX2 __attribute__((target("avx2")))
-ROW_FUNCTIONS(f32_avx2, AVX2, FLOAT32)
-ROW_FUNCTIONS(bf16_avx2, AVX2, BFLOAT16)
-#endif
-
-typedef struct {
-    float (*amax)(const void *, int64_t);
-    void (*round)(const void *, int64_t, float, int16_t *, int16_t *);
-    int (*clamp)(const void *, int64_t, float, int16_t *);
-} row_functions_t;
-
-static row_functions_t row_functions(int64_t set, int64_t type) {
-#ifdef __x86_64__
-    if (set > 0)
-        return type == FLOAT32 ? (row_functions_t){row_amax_f32_avx2, row_round_f32_avx2, row_clamp_f32_avx2}
-                               : (row_functions_t){row_amax_bf16_avx2, row_round_bf16_avx2, row_clamp_bf16_avx2};
-#endif
-    return type == FLOAT32 ? (row_functions_t){row_amax_f32, row_round_f32, row_clamp_f32}
-                           : (row_functions_t){row_amax_bf16, row_round_bf16, row_clamp_bf16};
-}
-
-/* What one integer of a row stands for; NaN where amax is no finite number. */
-static float row_scale_of(float amax, float levels) {
-    if (!isfinite(amax)) return NAN;
-    return (amax < LEAST_AMAX ? LEAST_AMAX : amax) / levels;
-}
-
-/* One row as integers, x / scale rounded; returns the scale. A row that holds an infinity or a NaN
-   gets zeros and a NaN as scale, which makes its whole output one.
+/* One row as integers, a zero after an odd number; returns its scale.
    given: the amax of a longer row that this is a part of, or NULL. */
 static float quantize_row(
     row_functions_t f, const void *x, int64_t K, float levels, int16_t *high, int16_t *low,
     const float *given) {
     float amax = given ? *given : f.amax(x, K);
-    if (!isfinite(amax)) {
-        memset(high, 0, 2 * K);
-        if (low) memset(low, 0, 2 * K);
-    } else f.round(x, K, levels / (amax < LEAST_AMAX ? LEAST_AMAX : amax), high, low);
+    round_row(f, x, K, amax, levels, high, low);
     if (K % 2) {
         high[K] = 0;
         if (low) low[K] = 0;
@@ -287,7 +200,7 @@ static float quantize_row(
     return row_scale_of(amax, levels);
 }
 
-/* One row as integers of a static scale, which is returned; a NaN as above. */
+/* One row as integers of a static scale, which is returned; NaN where the row is damaged. */
 static float quantize_static(
     row_functions_t f, const void *x, int64_t K, float scale, int16_t *q) {
     int is_finite = f.clamp(x, K, scale, q);
@@ -295,16 +208,6 @@ static float quantize_static(
     if (K % 2) q[K] = 0;
     return is_finite ? scale : NAN;
 }
-
-/* ---- the product ---- */
-
-typedef struct {
-    const float *scale; /* [N] */
-    const void *bias;   /* [N] of bias_type, or NULL */
-    int64_t bias_type;
-    void *out; /* [M, N] of out_type */
-    int64_t out_type, N;
-} epilogue_t;
 
 typedef struct {
     block_t block;
@@ -315,32 +218,17 @@ typedef struct {
     epilogue_t end;
 } product_t;
 
-static void store_sums(const epilogue_t *e, int64_t at, int64_t count, const int64_t *sums) {
-    if (e->out_type == INT64) memcpy((int64_t *)e->out + at, sums, count * sizeof *sums);
-    else
-        for (int64_t n = 0; n < count; n++) ((int32_t *)e->out)[at + n] = (int32_t)sums[n];
-}
-
-/* At most BLOCK sums of row m, from channel n0 on. The order of the two products is part of the
-   result's bits (quant/activations.py). */
-static void scale_sums(
-    const epilogue_t *e, int64_t m, int64_t n0, int64_t count, const int64_t *sums, float row_scale) {
-    float values[BLOCK];
-    int64_t at = m * e->N + n0;
-    for (int64_t n = 0; n < count; n++) values[n] = (float)sums[n] * row_scale * e->scale[n0 + n];
-    if (e->bias)
-        for (int64_t n = 0; n < count; n++) values[n] += widen(e->bias, e->bias_type, n0 + n);
-    if (e->out_type == FLOAT32) memcpy((float *)e->out + at, values, count * sizeof(float));
-    else
-        for (int64_t n = 0; n < count; n++) ((uint16_t *)e->out)[at + n] = to_bfloat16(values[n]);
-}
-
 static void finish(const product_t *p, int64_t m, int64_t n0, int64_t *sums, const int64_t *low) {
     int64_t count = p->N - n0 < BLOCK ? p->N - n0 : BLOCK;
     if (low)
         for (int64_t n = 0; n < count; n++) sums[n] = RADIX * sums[n] + low[n];
-    if (p->end.out_type >= INT32) store_sums(&p->end, m * p->N + n0, count, sums);
-    else scale_sums(&p->end, m, n0, count, sums, p->row_scale[m]);
+    if (p->end.out_type >= INT32) {
+        store_sums(&p->end, m * p->N + n0, count, sums);
+        return;
+    }
+    float values[BLOCK];
+    for (int64_t n = 0; n < count; n++) values[n] = (float)sums[n];
+    scale_sums(&p->end, m, n0, count, values, p->row_scale[m]);
 }
 
 /* One block of channels times some rows. */
@@ -367,9 +255,10 @@ static void multiply(const product_t *p, int64_t block, int64_t m0, int64_t rows
 
    set: index of an instruction set that works here. x: [M, K] of x_type (FLOAT32, BFLOAT16), rows
    x_stride elements apart. amax: NULL, or for each row the largest absolute value of the longer row
-   that it is a part of. input_scale: NULL, or the one scale of static activations. levels: the largest |q|; above 32767 it takes two planes. scale: [N].
-   bias: [N] of bias_type or NULL. out: [M, N] of out_type; INT32 and INT64 take the bare sums.
-   damaged: NULL, or room for M, which become 1 for a row that holds an infinity or a NaN, else 0.
+   that it is a part of. input_scale: NULL, or the one scale of static activations. levels: the
+   largest |q|; above 32767 it takes two planes. scale: [N]. bias: [N] of bias_type or NULL. out:
+   [M, N] of out_type; INT32 and INT64 take the bare sums. damaged: NULL, or room for M, which become
+   1 for a row that holds an infinity or a NaN, else 0.
    work: room for planes * M * (K rounded up to even) int16 and, behind them, M floats. */
 typedef struct {
     int64_t set;
@@ -436,8 +325,9 @@ int shardrun_row_amax(const row_amax_t *a) {
     return 0;
 }
 
-/* sums: [M, N] of sums_type (INT32, INT64). amax: [M], of the whole rows; or input_scale, and
-   damaged: [M], above 0 for rows that are to be NaN. The rest as above. */
+/* sums: [M, N] of sums_type (FLOAT32, INT32, INT64). amax: [M], of the whole rows; or input_scale, and
+   damaged: [M], above 0 for rows that are to be NaN. scale: [N], or NULL where the sums are scaled
+   already. The rest as above. */
 typedef struct {
     const void *sums;
     int64_t sums_type;
@@ -451,17 +341,19 @@ typedef struct {
     int64_t out_type;
 } finish_t;
 
-/* out = sums * row_scale * scale + bias: what bare sums that were added up between ranks stand for. */
+/* out = sums * row_scale * scale + bias: what the sums that were added up between ranks stand for. */
 int shardrun_finish(const finish_t *a) {
     epilogue_t e = {a->scale, a->bias, a->bias_type, a->out, a->out_type, a->N};
     for (int64_t m = 0; m < a->M; m++) {
         float row_scale = a->input_scale ? a->damaged[m] ? NAN : *a->input_scale
                                          : row_scale_of(a->amax[m], (float)a->levels);
         for (int64_t n = 0; n < a->N; n += BLOCK) {
-            int64_t sums[BLOCK], count = a->N - n < BLOCK ? a->N - n : BLOCK;
+            int64_t at = m * a->N + n, count = a->N - n < BLOCK ? a->N - n : BLOCK;
+            float sums[BLOCK];
             for (int64_t i = 0; i < count; i++)
-                sums[i] = a->sums_type == INT32 ? ((const int32_t *)a->sums)[m * a->N + n + i]
-                                                : ((const int64_t *)a->sums)[m * a->N + n + i];
+                sums[i] = a->sums_type == FLOAT32 ? ((const float *)a->sums)[at + i]
+                          : a->sums_type == INT32 ? (float)((const int32_t *)a->sums)[at + i]
+                                                  : (float)((const int64_t *)a->sums)[at + i];
             scale_sums(&e, m, n, count, sums, row_scale);
         }
     }

@@ -20,6 +20,8 @@ _POINTER, _SIZE, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _CALLS = {
     "linear": "set *x x_type x_stride *amax *input_scale M K levels *packed N *scale *bias "
     "bias_type *out out_type *damaged *work",
+    "int4": "set *x x_type x_stride *amax M K levels *packed bits N before group_size first *scales "
+    "scales_type *scale *bias bias_type *out out_type bare *work",
     "row_amax": "set *x x_type x_stride M K *amax",
     "finish": "*sums sums_type *amax *input_scale *damaged levels M N *scale *bias bias_type *out "
     "out_type",
@@ -100,8 +102,9 @@ def open_library() -> ctypes.CDLL:
     found = ctypes.CDLL(str(path))
     found.shardrun_set_name.argtypes = found.shardrun_set_works.argtypes = [ctypes.c_int]
     found.shardrun_set_name.restype = ctypes.c_char_p
-    found.shardrun_pack.argtypes = [_POINTER, _SIZE, _SIZE, _SIZE, _POINTER]
-    found.shardrun_pack.restype = None
+    for pack in (found.shardrun_pack, found.shardrun_pack_int4):
+        pack.argtypes = [_POINTER, _SIZE, _SIZE, _SIZE, _POINTER]
+        pack.restype = None
     found.shardrun_run.argtypes = [_POINTER, _SIZE, _SIZE, _POINTER]
     found.shardrun_run.restype = _SIZE
     return found

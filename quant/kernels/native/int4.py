@@ -1,0 +1,101 @@
+"""int4 weights, and int8 ones with a scale for each group of columns, as int4.c multiplies them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quant.activations import num_levels
+from quant.kernels.native.library import TYPES, call, open_library
+from quant.kernels.native.weight import (
+    BLOCK,
+    NativeWeight,
+    bias_and_type,
+    num_planes,
+    with_columns,
+    with_rows,
+)
+from quant.weight import PackedWeight, QuantizedWeight
+
+COLUMNS = 8  # whose nibbles lie in four bytes
+STEP = 128  # as in int4.c, a multiple of all group sizes
+SCALE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 4}
+
+
+class GroupedNativeWeight(NativeWeight):
+    """Eights of columns of 32 channels side by side, and the scales of their groups as they are stored.
+
+    An int4 weight with one scale a channel is one group, whose sums stay integers.
+    """
+
+    def __init__(self, weight: QuantizedWeight, set_index: int) -> None:
+        size = weight.group_size or 0
+        assert size == 0 or (size % COLUMNS == 0 and STEP % size == 0), weight.scheme
+        assert min(weight.shape) > 0, weight.shape
+        self._set_index, self._bits = set_index, weight.bits
+        # Groups begin at a multiple of 8 of the packed columns.
+        self._before = weight.first_column % COLUMNS
+        self._first = weight.first_column - self._before
+        self.packed = _pack(weight, self._before)
+        self.group_size, self.activation_dtype = weight.group_size, weight.activation_dtype
+        self.input_scale = weight.input_scale
+        self.shape = (weight.shape[0], weight.shape[1])
+        self._scales: Tensor | None = None
+        self.scale_N = torch.ones(1).expand(self.shape[0])
+        if size:
+            self._scales = _block_scales(weight.scale_NG)
+        else:
+            self.scale_N = weight.scale_NG.float().reshape(-1).contiguous()
+        held = self.scale_N if self._scales is None else self._scales
+        self.nbytes = self.packed.nbytes + held.nbytes
+
+    def linear(self, x_MK: Tensor, bias_N: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        if self.input_scale is not None:  # rare: torch rounds the rows
+            return PackedWeight.linear(self, x_MK, bias_N, out_dtype)
+        return super().linear(x_MK, bias_N, out_dtype)
+
+    def _multiply(
+        self, x_MK: Tensor, amax_M: Tensor | None, bias_N: Tensor | None, out_dtype: torch.dtype
+    ) -> Tensor:
+        levels = num_levels(x_MK.dtype, self.activation_dtype)
+        x_MK = with_rows(x_MK)
+        num_rows, in_features = x_MK.shape
+        assert in_features == self.shape[1], (x_MK.shape, self.shape)
+        num_steps = -(-(self._first + self._before + in_features) // STEP)
+        work_size = num_rows * (num_planes(levels) * 2 * num_steps * STEP + 4)
+        work = torch.empty(work_size, dtype=torch.uint8)
+        out_MN = torch.empty(num_rows, self.shape[0], dtype=out_dtype)
+        is_grouped = self._scales is not None
+        call(
+            "int4", self._set_index, x_MK, TYPES[x_MK.dtype], x_MK.stride(0), amax_M,
+            num_rows, in_features, levels, self.packed, self._bits, self.shape[0], self._before,
+            self.group_size or 0, self._first, self._scales,
+            SCALE_TYPES[self._scales.dtype] if self._scales is not None else 0,
+            None if is_grouped else self.scale_N, *bias_and_type(bias_N, self.shape[0]),
+            out_MN, TYPES[out_dtype], int(amax_M is not None), work,
+        )  # fmt: skip
+        return out_MN
+
+
+def _pack(weight: QuantizedWeight, before: int) -> Tensor:
+    """[blocks, columns / 8, 32, bytes], with zeros for the columns that the eights lack."""
+    after = -(before + weight.shape[1]) % COLUMNS
+    values_NK = with_columns(weight.values_NK)
+    if before or after:
+        values_NK = F.pad(values_NK, (before, after))
+    num_blocks, num_eights = -(-weight.shape[0] // BLOCK), values_NK.shape[1] // COLUMNS
+    packed = torch.empty(num_blocks, num_eights, BLOCK, weight.bits, dtype=torch.uint8)
+    library = open_library()
+    pack = library.shardrun_pack_int4 if weight.bits == 4 else library.shardrun_pack
+    pack(values_NK.data_ptr(), values_NK.stride(0), *values_NK.shape, packed.data_ptr())
+    return packed
+
+
+def _block_scales(scale_NG: Tensor) -> Tensor:
+    """[blocks, groups, 32], zeros for the channels that the last block lacks."""
+    if scale_NG.dtype not in SCALE_TYPES:
+        scale_NG = scale_NG.float()
+    missing = -scale_NG.shape[0] % BLOCK
+    padded_NG = F.pad(scale_NG, (0, 0, 0, missing))
+    return padded_NG.unflatten(0, (-1, BLOCK)).transpose(1, 2).contiguous()
