@@ -34,13 +34,6 @@ _NOT_YET: tuple[tuple[str, str, str, str], ...] = (
     ("outliers_suppression", "smooth", _CALIBRATED, "leave it out"),
     ("outliers_suppression", "awq", _CALIBRATED, "leave it out"),
     ("precision_recovery", "gptq", _CALIBRATED, "leave it out"),
-    ("kvcache_quant_granularity", "per_channel", _CALIBRATED, "leave it out"),
-    (
-        "kvcache_dtype",
-        "int8",
-        "needs a cache of integers, and cannot be run by this version",
-        "leave it out",
-    ),
     (
         "act_quant_granularity",
         "per_tensor",
@@ -69,6 +62,7 @@ def check_scheme(scheme: QuantScheme) -> None:
     _check_types(scheme)
     _check_method(scheme)
     _check_effects(scheme)
+    _check_weightless(scheme)
     _check_groups(scheme)
     _check_activations(scheme)
     _check_supported(scheme)
@@ -132,6 +126,19 @@ def _check_effects(scheme: QuantScheme) -> None:
             raise QuantError(
                 f"`quant.{name}` is {shown!r}, which has no effect while quant.{needed} is null; "
                 f"set quant.{needed} too, or leave it out."
+            )
+
+
+def _check_weightless(scheme: QuantScheme) -> None:
+    """Patterns where no weight is quantized; `lm_head` and none are what presets say."""
+    if scheme.quant_method is None or scheme.quantizes_weights:
+        return
+    patterns, policies = list(scheme.modules_to_not_convert), list(scheme.layer_policies)
+    for name, value in (("modules_to_not_convert", patterns), ("layer_policies", policies)):
+        if value not in ([], ["lm_head"]):
+            raise QuantError(
+                f"`quant.{name}` is {value!r}, which has no effect where no weight is quantized; "
+                "set quant.weight_dtype too, or leave it out."
             )
 
 

@@ -62,7 +62,8 @@ class StoredTensor:
 
     def num_bytes(self, rank: int, size: int, float_dtype: str | None = None) -> int:
         """Bytes of the rank's slice as it is stored; in memory, where floats become another dtype."""
-        dtype = float_dtype if float_dtype and not self.is_quantized else self.dtype
+        keeps_dtype = self.is_quantized or self.row.is_kv_scale
+        dtype = float_dtype if float_dtype and not keeps_dtype else self.dtype
         return math.prod(index_shape(self.index(rank, size))) * DTYPE_BYTES[dtype]
 
 
@@ -152,7 +153,13 @@ def make_layout(
     modules = scheme.for_modules(linear_modules(config))
     check_fused(modules)
     own_head = modules[HEAD.removesuffix(".weight")] is not None
-    table = placement_table(config, vocab_emb_dp=vocab_emb_dp, own_head=own_head, schemes=modules)
+    table = placement_table(
+        config,
+        vocab_emb_dp=vocab_emb_dp,
+        own_head=own_head,
+        schemes=modules,
+        has_kv_scales=scheme.kv_granularity == "per_channel",
+    )
     schemes = {
         row.name: found
         for row in table.values()
@@ -165,7 +172,7 @@ def make_layout(
 
 def _stored(row: Row, dtype: str, scheme: LinearScheme | None) -> tuple[StoredTensor, ...]:
     if scheme is None:
-        return (StoredTensor(row.name, row, row.shape, dtype),)
+        return (StoredTensor(row.name, row, row.shape, "float32" if row.is_kv_scale else dtype),)
     return (
         _part(row, row.name, STORED_DTYPES[scheme.weight_dtype], scheme.values_per_byte),
         _part(row, row.name + SCALE_SUFFIX, dtype, scheme.group_size or row.shape[1]),
@@ -182,6 +189,7 @@ def check_source(table: Table, tensors: Mapping[str, TensorInfo], where: str) ->
 
     Raises:
         CheckpointError: a tensor that is missing, that is not the model's, or not of its shape.
+        QuantError: the KV cache is to have static scales, and there are none.
     """
     check_names(table, tensors, where)
     for row in table.values():
@@ -205,6 +213,12 @@ def check_names(table: Table, names: Iterable[str], where: str) -> None:
     """
     expected = {row.twin or row.name for row in table.values()}
     present = {name for name in names if not name.endswith(DROPPED_SUFFIXES)}
+    scales = sorted(row.name for row in table.values() if row.is_kv_scale)
+    if scales and present.isdisjoint(scales):
+        raise QuantError(
+            f"`quant.kvcache_quant_granularity` = 'per_channel' needs calibration, which {where} "
+            f"comes without: it has no {scales[0]}; write per_token, or give one that has the scales."
+        )
     missing = sorted(expected - present)
     if missing:
         raise CheckpointError(

@@ -1,6 +1,7 @@
 /* Decode attention of one kv head, for one instruction set; see vector.h. */
 
 #include "vector.h"
+#include "int8_cache.h"
 
 /* scores[p] = q . keys[p], for `count` positions; q is scaled already. */
 TARGET INLINE void NAME(score)(
@@ -54,23 +55,57 @@ TARGET INLINE float NAME(soften)(float *scores, int64_t count, float most) {
     return NAME(sum8)(total);
 }
 
+/* scores[p] for `count` positions from p on, whatever they are kept as. */
+TARGET INLINE void NAME(score_run)(
+    const float *q, const run_t *run, int64_t p, int64_t C, int64_t count, float *scores) {
+    int64_t at = run->at + p * C;
+    if (run->type != INT8) {
+        NAME(score)(q, run->keys, run->type, at, C, count, scores);
+        return;
+    }
+    const int8_t *keys = (const int8_t *)run->keys + at;
+    if (!run->key_scale) {
+        NAME(score_int8)(q, keys, C, count, 1, scores);
+        return;
+    }
+    NAME(score_int8)(q, keys, C, count, 0, scores);
+    for (int64_t i = 0; i < count; i++) scores[i] *= run->key_scale[p + i];
+}
+
+/* Adds weights . values; overwrites the weights. */
+TARGET INLINE void NAME(weigh_run)(
+    float *weights, const run_t *run, int64_t p, int64_t C, int64_t count, float shrink,
+    float *sums) {
+    int64_t at = run->at + p * C;
+    if (run->type != INT8) {
+        NAME(weigh)(weights, run->values, run->type, at, C, count, shrink, sums);
+        return;
+    }
+    const int8_t *values = (const int8_t *)run->values + at;
+    if (!run->value_scale) {
+        NAME(weigh_int8)(weights, values, C, count, 1, shrink, sums);
+        return;
+    }
+    for (int64_t i = 0; i < count; i++) weights[i] *= run->value_scale[p + i];
+    NAME(weigh_int8)(weights, values, C, count, 0, shrink, sums);
+}
+
 /* Queries [G, C] over `length` positions. The softmax is kept up to date piece by piece (Milakov and
    Gimelshein, 2018): a larger maximum shrinks what was summed before. */
 TARGET static void NAME(attend)(
-    const float *q, const void *keys, const void *values, int type, int64_t at, int64_t G, int64_t C,
-    int64_t length, float *out) {
+    const float *q, const run_t *run, int64_t G, int64_t C, int64_t length, float *out) {
     float scores[PIECE], most[MAX_GROUP], total[MAX_GROUP];
     for (int64_t g = 0; g < G; g++) most[g] = -INFINITY, total[g] = 0;
     memset(out, 0, G * C * sizeof *out);
     for (int64_t p = 0; p < length; p += PIECE) {
-        int64_t count = length - p < PIECE ? length - p : PIECE, here = at + p * C;
+        int64_t count = length - p < PIECE ? length - p : PIECE;
         for (int64_t g = 0; g < G; g++) {
-            NAME(score)(q + g * C, keys, type, here, C, count, scores);
+            NAME(score_run)(q + g * C, run, p, C, count, scores);
             float before = most[g];
             for (int64_t i = 0; i < count; i++) most[g] = scores[i] > most[g] ? scores[i] : most[g];
             float shrink = before == -INFINITY ? 0 : expf(before - most[g]);
             total[g] = total[g] * shrink + NAME(soften)(scores, count, most[g]);
-            NAME(weigh)(scores, values, type, here, C, count, shrink, out + g * C);
+            NAME(weigh_run)(scores, run, p, C, count, shrink, out + g * C);
         }
     }
     for (int64_t g = 0; g < G; g++)
