@@ -158,13 +158,19 @@ def test_decode_attention_over_integers_is_that_of_float64(shape, dtype, is_stat
 
 
 @needs_c
-def test_integers_of_a_head_give_the_same_whatever_other_heads_there_are():
-    """So a rank's heads give the bits that they give on one rank."""
-    q, store, positions, mask = int8_case((3, 2, 4, 16, 130), torch.float32, False)
+@pytest.mark.parametrize("is_static", [False, True], ids=["per token", "static"])
+@pytest.mark.parametrize("path", C_PATHS, indirect=True)
+def test_head_gives_the_same_bits_whatever_shares_its_integers(path, is_static):
+    """So a rank's heads give the bits of one rank, also where it has some of a kv head's queries."""
+    q, store, positions, mask = int8_case((3, 2, 4, 80, 130), torch.float32, is_static)
     whole = int8_decode_attention(q, store, positions, lambda: mask)
-    part = store.part((slice(1, 2), slice(1, 2), slice(None)))
-    alone = int8_decode_attention(q[1:2, 4:], part, positions[1:2], lambda: None)
-    assert torch.equal(alone, whole[1:2, 4:])
+    scales = (store.key_scale, store.value_scale)
+    cut = (slice(1, 2), slice(1, 2))
+    scales = (x[1:] if is_static else x[cut] for x in scales)
+    part = Int8Store(store.keys[cut], store.values[cut], *scales, is_static)
+    for heads in (slice(4, 8), slice(5, 6), slice(6, 8)):
+        alone = int8_decode_attention(q[1:2, heads], part, positions[1:2], lambda: None)
+        assert torch.equal(alone, whole[1:2, heads])
 
 
 @pytest.mark.parametrize("is_static", [False, True], ids=["per token", "static"])

@@ -55,6 +55,55 @@ TARGET INLINE void NAME(weigh_int8)(
         NAME(weigh_channels)(weights, values + c, C, count, marks, shrink, 2, sums + c);
 }
 
+/* At most eight positions as floats, for several query heads to share; they stay in L1. */
+TARGET INLINE void NAME(widen_rows)(
+    const int8_t *rows, int64_t C, int64_t count, int marks, float *tile) {
+    for (int64_t i = 0; i < count * C; i += 8) {
+        v8f x = NAME(load_int8)(rows + i, marks);
+        memcpy(tile + i, &x, sizeof x);
+    }
+}
+
+/* The scores of a tile, the bits of score_int8's; what lies beyond its rows gives scores of nothing. */
+TARGET INLINE void NAME(score_tile)(
+    const float *q, const float *tile, int64_t C, float *scores) {
+    v8f sums[8] = {};
+    for (int64_t c = 0; c < C; c += 8) {
+        v8f x, key;
+        memcpy(&x, q + c, sizeof x);
+        for (int i = 0; i < 8; i++) {
+            memcpy(&key, tile + i * C + c, sizeof key);
+            sums[i] = MULTIPLY_ADD(sums[i], key, x);
+        }
+    }
+    v8f found = NAME(sum_each)(sums);
+    memcpy(scores, &found, sizeof found);
+}
+
+/* sums += weights . tile, of 8 * num channels. */
+TARGET INLINE void NAME(weigh_tile_channels)(
+    const float *weights, const float *tile, int64_t C, int64_t count, int num, float *sums) {
+    v8f parts[8], value;
+    for (int i = 0; i < num; i++) memcpy(&parts[i], sums + 8 * i, sizeof parts[i]);
+    for (int64_t p = 0; p < count; p++) {
+        v8f weight = (v8f){} + weights[p];
+        for (int i = 0; i < num; i++) {
+            memcpy(&value, tile + p * C + 8 * i, sizeof value);
+            parts[i] = MULTIPLY_ADD(parts[i], value, weight);
+        }
+    }
+    for (int i = 0; i < num; i++) memcpy(sums + 8 * i, &parts[i], sizeof parts[i]);
+}
+
+/* sums[c] += weights . tile[:, c], the bits of weigh_int8's after its shrinking. */
+TARGET INLINE void NAME(weigh_tile)(
+    const float *weights, const float *tile, int64_t C, int64_t count, float *sums) {
+    int64_t c = 0;
+    for (; c + 64 <= C; c += 64)
+        NAME(weigh_tile_channels)(weights, tile + c, C, count, 8, sums + c);
+    for (; c < C; c += 16) NAME(weigh_tile_channels)(weights, tile + c, C, count, 2, sums + c);
+}
+
 /* The largest absolute value of a row; NaN where it holds one: its bits are the largest. */
 TARGET INLINE float NAME(row_most)(const void *x, int type, int64_t at, int64_t C) {
     v8i most = {};
