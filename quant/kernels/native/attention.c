@@ -140,7 +140,7 @@ int shardrun_write_int8(const write_int8_t *a) {
 #ifdef __x86_64__
     if (a->set > 0) write = write_head_avx2;
 #endif
-#pragma omp parallel for schedule(static) if (a->T * a->H * a->C > 16384)
+#pragma omp parallel for schedule(static) if (a->T * a->H * a->C > 262144)
     for (int64_t task = 0; task < 2 * a->T * a->H; task++) {
         int64_t t = task / 2 / a->H, h = task / 2 % a->H, is_value = task % 2;
         int64_t at = a->slots[t], to = h * a->head + at * a->C;
