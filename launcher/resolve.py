@@ -202,7 +202,7 @@ def check_original(config: Config, checkpoint: Checkpoint) -> Checkpoint | None:
         return None
     path = Path(name).absolute()
     original = open_checkpoint(path, model_overrides(config), key=key)
-    if original.layout(QuantScheme()).schemes:
+    if original.layout(QuantScheme()).scheme != QuantScheme():
         raise ConfigError(f"`{key}` must be unquantized, but {path} is not; give its source.")
     if original.config.vocab_size != checkpoint.config.vocab_size:
         raise ConfigError(

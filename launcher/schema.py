@@ -85,7 +85,7 @@ class QuantSection:
     quant_method: str | None = _key(None, "rtn, smooth_quant, ptq, or null for none")
     weight_dtype: str | None = _key(None, "int8, int4 or null")
     activation_dtype: str | None = _key(None, "null: activations stay in the compute dtype")
-    kvcache_dtype: str | None = _key(None, "null: the KV cache is in the compute dtype")
+    kvcache_dtype: str | None = _key(None, "int8, or null: the KV cache is in the compute dtype")
     outliers_suppression: str | None = _key(None, "smooth, awq or null; of ptq")
     precision_recovery: str | None = _key(None, "gptq or null; of ptq")
     modules_to_not_convert: list[str] = _key(
@@ -95,7 +95,9 @@ class QuantSection:
     weight_quant_granularity: str = _key("per_channel", "per_channel or per_group")
     group_size: int | None = _key(None, "32, 64 or 128 columns that share a scale, with per_group")
     act_quant_granularity: str = _key("per_token", "per_token or per_tensor")
-    kvcache_quant_granularity: str = _key("per_token", "per_token or per_channel")
+    kvcache_quant_granularity: str = _key(
+        "per_token", "per_token, or per_channel with the static scales of the checkpoint"
+    )
     layer_policies: list[Any] = _key(
         [], "other fields for some modules, as in [{pattern:'*.down_proj',weight_dtype:int8}]"
     )

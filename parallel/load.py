@@ -23,7 +23,7 @@ from parallel.group import Group
 from parallel.model.build import build_decoder
 from parallel.model.decoder import Decoder
 from parallel.model.parameters import Parameter, parameters
-from parallel.model.placements import EMBEDDING, HEAD
+from parallel.model.placements import EMBEDDING, HEAD, Row
 from parallel.placement import Index, Split
 from quant.kernels import Kernel, make_ready
 from quant.kernels.reference import ReferenceKernel
@@ -98,7 +98,13 @@ def load_decoder(
         timings.weight_bytes += 0 if isinstance(weights[HEAD], Tensor) else weights[HEAD].nbytes
     _return_freed_memory()
     decoder = build_decoder(
-        layout.config, layout.table, weights, group, max_length, exact_sums=exact_sums
+        layout.config,
+        layout.table,
+        weights,
+        group,
+        max_length,
+        kv_granularity=layout.scheme.kv_granularity,
+        exact_sums=exact_sums,
     )
     timings.wall_s = time.perf_counter() - start
     return decoder, timings
@@ -130,7 +136,8 @@ class _Loader:
         start = time.perf_counter()
         parts = [
             self._place(
-                read_weight(self.layout, timed, row, row.index(self.group.rank, self.group.size))
+                row,
+                read_weight(self.layout, timed, row, row.index(self.group.rank, self.group.size)),
             )
             for row in parameter.rows
         ]
@@ -151,8 +158,8 @@ class _Loader:
             embedding = embedding[Split(0).index(shape, self.group.rank, self.group.size)[0]]
         return make_ready(self.kernel, embedding)
 
-    def _place(self, weight: Weight) -> Weight:
-        if isinstance(weight, QuantizedWeight):
+    def _place(self, row: Row, weight: Weight) -> Weight:
+        if isinstance(weight, QuantizedWeight) or row.is_kv_scale:
             return weight.to(self.device)
         return weight.to(device=self.device, dtype=self.dtype)
 

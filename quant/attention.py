@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quant.kernels.native import step as native
+from quant.kv import Int8Store
 
 
 def decode_attention(
@@ -29,12 +30,33 @@ def decode_attention(
     """
     if native.can_attend(q_BHC, keys_BKLC):
         return native.attend(q_BHC, keys_BKLC, values_BKLC, positions_B)
+    return _attend_by_torch(q_BHC, keys_BKLC, values_BKLC, mask())
+
+
+def int8_decode_attention(
+    q_BHC: Tensor, store: Int8Store, positions_B: Tensor, mask: Callable[[], Tensor | None]
+) -> Tensor:
+    """The same over int8 keys and values; q is not quantized.
+
+    C reads the integers as they are; torch expands them first.
+
+    Args:
+        store: a view by rows, of L positions.
+    """
+    if native.can_attend(q_BHC, store.keys):
+        return native.attend_int8(q_BHC, store, positions_B)
+    return _attend_by_torch(q_BHC, *store.dequantize(q_BHC.dtype), mask())
+
+
+def _attend_by_torch(
+    q_BHC: Tensor, keys_BKLC: Tensor, values_BKLC: Tensor, mask: Tensor | None
+) -> Tensor:
     q_BKGC = q_BHC.unflatten(1, (keys_BKLC.shape[1], -1))
     num_groups = q_BKGC.shape[2]
     if num_groups == 1 and q_BKGC.device.type == "cpu" and q_BKGC.itemsize == 2:
         # torch multiplies two rows of 16 bits in half the time of one.
         q_BKGC = q_BKGC.expand(-1, -1, 2, -1)
-    out_BKGC = F.scaled_dot_product_attention(q_BKGC, keys_BKLC, values_BKLC, mask())
+    out_BKGC = F.scaled_dot_product_attention(q_BKGC, keys_BKLC, values_BKLC, mask)
     return out_BKGC[:, :, :num_groups].flatten(1, 2)
 
 
@@ -50,3 +72,15 @@ def write_slots(
         return
     keys_HSC.index_copy_(1, slots_T, k_THC.transpose(0, 1))
     values_HSC.index_copy_(1, slots_T, v_THC.transpose(0, 1))
+
+
+def write_int8_slots(k_THC: Tensor, v_THC: Tensor, slots_T: Tensor, store: Int8Store) -> None:
+    """Quantize the keys and values of some tokens, and store them at their slots of the cache.
+
+    Args:
+        store: a view by slot. C and torch write the same bits.
+    """
+    if native.can_write_int8(k_THC, v_THC):
+        native.write_int8(k_THC, v_THC, slots_T, store)
+    else:
+        store.write(k_THC, v_THC, slots_T)

@@ -105,13 +105,32 @@ class QuantScheme:
         return self.quant_method in ("smooth_quant", "ptq") or is_static or has_static_cache
 
     @property
+    def kv_granularity(self) -> str | None:
+        """per_token or per_channel where the KV cache is int8; None: it is in the compute dtype."""
+        return self.kvcache_quant_granularity if self.kvcache_dtype else None
+
+    def kv_bytes(self, head_dim: int, float_bytes: int) -> int:
+        """Bytes of one position's key, or value, of a head in the KV cache, with a scale of its own.
+
+        Args:
+            float_bytes: of a number in the compute dtype.
+        """
+        if self.kv_granularity is None:
+            return head_dim * float_bytes
+        return head_dim + (_KV_SCALE_BYTES if self.kv_granularity == "per_token" else 0)
+
+    @property
     def label(self) -> str:
-        """The field's short name of the scheme, such as `w4a16 g128`; `none`; `mixed` with policies."""
-        if not self.quantizes_weights:
-            return "none"
+        """The field's short name of the scheme, such as `w4a16 g128` or `w8a16 c8`; `none`.
+
+        `mixed` where there are policies; c8 is an int8 KV cache, `c8 static` one that was calibrated.
+        """
         base = self._linear()
         parts = [base.full_label] if base else []
-        return " ".join([*parts, "mixed"] if self.layer_policies else parts)
+        parts += ["mixed"] if self.layer_policies and self.quantizes_weights else []
+        granularity = self.kv_granularity
+        parts += [] if granularity is None else [_KV_LABELS[granularity]]
+        return " ".join(parts) or "none"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON and YAML values; `from_dict` of the result is equal to this scheme."""
@@ -227,6 +246,8 @@ class QuantScheme:
             raise QuantError(f"`quant.layer_policies`, {policy!r}: {error}") from error
 
 
+_KV_LABELS = {"per_token": "c8", "per_channel": "c8 static"}
+_KV_SCALE_BYTES = 4
 _TUPLES = ("modules_to_not_convert", "layer_policies")
 
 

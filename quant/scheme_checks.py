@@ -26,19 +26,6 @@ ALLOWED: Mapping[str, tuple[str | None, ...]] = {
 }
 GROUP_SIZES = (32, 64, 128)
 
-# What is known and cannot be run yet: the field, its value, why, and what to write instead. To lift
-# one is to drop its line.
-_CALIBRATED = "needs calibration data, and cannot be run by this version"
-_NOT_YET: tuple[tuple[str, str, str, str], ...] = (
-    ("kvcache_quant_granularity", "per_channel", _CALIBRATED, "leave it out"),
-    (
-        "kvcache_dtype",
-        "int8",
-        "needs a cache of integers, and cannot be run by this version",
-        "leave it out",
-    ),
-)
-
 # A field that has no effect unless another one is set: refused, or its user would not know.
 _NEEDS: Mapping[str, str] = {
     "modules_to_not_convert": "quant_method",
@@ -61,10 +48,10 @@ def check_scheme(scheme: QuantScheme) -> None:
     _check_types(scheme)
     _check_method(scheme)
     _check_effects(scheme)
+    _check_weightless(scheme)
     _check_groups(scheme)
     _check_activations(scheme)
     check_method(scheme)
-    _check_supported(scheme)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -128,6 +115,19 @@ def _check_effects(scheme: QuantScheme) -> None:
             )
 
 
+def _check_weightless(scheme: QuantScheme) -> None:
+    """Patterns where no weight is quantized; `lm_head` and none are what presets say."""
+    if scheme.quant_method is None or scheme.quantizes_weights:
+        return
+    patterns, policies = list(scheme.modules_to_not_convert), list(scheme.layer_policies)
+    for name, value in (("modules_to_not_convert", patterns), ("layer_policies", policies)):
+        if value not in ([], ["lm_head"]):
+            raise QuantError(
+                f"`quant.{name}` is {value!r}, which has no effect where no weight is quantized; "
+                "set quant.weight_dtype too, or leave it out."
+            )
+
+
 def _check_groups(scheme: QuantScheme) -> None:
     is_grouped = scheme.weight_quant_granularity == "per_group"
     if is_grouped and scheme.group_size is None:
@@ -153,11 +153,3 @@ def _check_activations(scheme: QuantScheme) -> None:
             "`quant.act_quant_granularity` must be per_token beside int4 weights, but is "
             "'per_tensor'; write per_token, or quant.weight_dtype=int8."
         )
-
-
-def _check_supported(scheme: QuantScheme) -> None:
-    for name, value, reason, remedy in _NOT_YET:
-        if getattr(scheme, name) == value:
-            raise QuantError(
-                f"`quant.{name}` = {value!r} {reason}; {remedy} (nothing is left out silently)."
-            )

@@ -5,6 +5,11 @@
 Random weights of a shape in conf/model/, one process. Every part of the step is stamped, and each
 row has the time that is its own, without the parts inside it; so the rows add up to the whole. The
 same steps are run without stamps in between: what the stamps cost is the row "stamps, noise".
+
+    python scripts/profile_step.py --layers 4 --batch 8 --prompt 4096 --filled --cache compute int8
+
+writes random keys and values into the cache in place of the prefill, and compares the caches, whose
+steps are run in turn.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ import functools
 import os
 import statistics
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,7 +36,7 @@ import parallel.model.decoder as model
 from launcher.host.bandwidth import measure_bandwidth_gb_s
 from parallel.checkpoint.open import open_random
 from parallel.generation.cache import KVCache
-from parallel.generation.sampling import Sampling
+from parallel.generation.sampling import Sampling, prompt_generator
 from parallel.group import Group, LoneGroup, SimulatedGroup
 from parallel.load import LoadTimings, load_decoder
 from parallel.model.captured import CapturedLayers
@@ -46,6 +51,7 @@ RUN = Program.run
 RECORDED = {
     "attend": "attention",
     "write_slots": "cache write",
+    "write_int8": "cache write",
     "rms_norm": "residual sums, norms",
     "silu_product": "silu(gate) * up",
     "rotate": "rotary",
@@ -72,6 +78,9 @@ SCHEMES = {
         }.items()
     },
 }
+# The KV cache's dtype: that of the compute, or int8 with a scale for each token and head.
+CACHES = {"compute": QuantScheme(), "int8": QuantScheme(quant_method="rtn", kvcache_dtype="int8")}
+Watches = tuple["Stopwatch", "Stopwatch"]
 
 
 @dataclass
@@ -256,6 +265,8 @@ class Run:
     tokens: int
     batch: int
     repeats: int
+    cache: list[str]
+    filled: bool
 
 
 def parse() -> Run:
@@ -272,6 +283,14 @@ def parse() -> Run:
     add("--tokens", type=int, default=8, help="tokens to decode")
     add("--batch", type=int, default=1, help="sequences")
     add("--repeats", type=int, default=3)
+    add(
+        "--cache",
+        nargs="+",
+        default=["compute"],
+        choices=sorted(CACHES),
+        help="dtype of the KV cache",
+    )
+    add("--filled", action="store_true", help="random keys and values in place of the prefill")
     return Run(**vars(parser.parse_args()))
 
 
@@ -293,24 +312,56 @@ def open_model(run: Run) -> tuple[model.Decoder, LoadTimings]:
     )
 
 
+class FilledLoop(decode.GenerationLoop):
+    """Its cache holds the prompts already."""
+
+    def _admit(self, waiting: deque[decode.Request]) -> Iterator[decode.Completion]:
+        while waiting:
+            request = waiting.popleft()
+            generator = prompt_generator(0, request.index)
+            self._running.append(decode._Sequence(request, generator, [request.prompt_ids[-1]]))
+        return iter(())
+
+
+def open_cache(run: Run, decoder: model.Decoder, kind: str) -> KVCache:
+    decoder.kv_granularity = CACHES[kind].kv_granularity
+    cache = decoder.new_cache(run.batch, run.prompt + run.tokens)
+    if run.filled:
+        fill(run, decoder, cache)
+    return cache
+
+
+def fill(run: Run, decoder: model.Decoder, cache: KVCache) -> None:
+    """The same random keys and values in every row and layer, which a step cannot know."""
+    shape = (run.prompt, decoder.num_local_kv_heads, decoder.config.head_dim)
+    random = torch.Generator().manual_seed(0)
+    k_THC, v_THC = (torch.randn(shape, generator=random).to(decoder.dtype) for _ in "kv")
+    for row in range(run.batch):
+        slots_T = torch.arange(run.prompt) + row * cache.max_length
+        for layer in range(run.layers):
+            cache.write(layer, slots_T, k_THC, v_THC)
+
+
 def generate(run: Run, decoder: model.Decoder, cache: KVCache) -> None:
-    """Prefill and decode once, greedily."""
-    loop = decode.GenerationLoop(decoder, cache, Sampling(), prefill_chunk=run.batch * run.prompt)
+    """Prefill, unless the cache is filled, and decode once, greedily."""
+    kind = FilledLoop if run.filled else decode.GenerationLoop
+    loop = kind(decoder, cache, Sampling(), prefill_chunk=run.batch * run.prompt)
     ids = [tuple(range(3 + index, 3 + index + run.prompt)) for index in range(run.batch)]
     requests = [decode.Request(index, prompt, run.tokens) for index, prompt in enumerate(ids)]
     for _ in loop.run(requests):
         pass
 
 
-def measure(run: Run, decoder: model.Decoder) -> tuple[Stopwatch, Stopwatch]:
-    """With stamps on the parts and without, in turn; the first of each is not counted."""
-    cache = decoder.new_cache(run.batch, run.prompt + run.tokens)
-    stamped, plain = Stopwatch(), Stopwatch()
+def measure(run: Run, decoder: model.Decoder) -> dict[str, Watches]:
+    """With stamps on the parts and without, and over each cache, in turn; the first is not counted."""
+    caches = {kind: open_cache(run, decoder, kind) for kind in run.cache}
+    watches = {kind: (Stopwatch(), Stopwatch()) for kind in caches}
     for repeat in range(run.repeats + 1):
-        for watch, parts in ((stamped, True), (plain, False)):
-            with stamps(watch if repeat else Stopwatch(), decoder, parts=parts):
-                generate(run, decoder, cache)
-    return stamped, plain
+        for kind, cache in caches.items():
+            for watch, parts in zip(watches[kind], (True, False), strict=True):
+                with stamps(watch if repeat else Stopwatch(), decoder, parts=parts):
+                    generate(run, decoder, cache)
+    return watches
 
 
 def print_table(title: str, rows: list[Row]) -> None:
@@ -325,19 +376,20 @@ def print_table(title: str, rows: list[Row]) -> None:
         print(f"| {row.kind} | {1000 * row.seconds:.2f} | {share} | {reads} | {rate} |")
 
 
-def step_bytes(run: Run, decoder: model.Decoder, positions: float) -> Counter[str]:
-    """Bytes of weights, and of keys and values at a mean of `positions`, that a step must read."""
+def step_bytes(run: Run, decoder: model.Decoder, kind: str) -> Counter[str]:
+    """Bytes of weights, and of the mean step's keys and values, that a step must read."""
     found: Counter[str] = Counter()
     for name, weight in products(decoder):
         found[name] += weight.nbytes
-    entry = 2 * decoder.num_local_kv_heads * decoder.config.head_dim * decoder.dtype.itemsize
-    found["attention"] = int(run.batch * positions * entry * run.layers)
+    entry = CACHES[kind].kv_bytes(decoder.config.head_dim, decoder.dtype.itemsize)
+    positions = run.prompt + (run.tokens + 1) / 2
+    found["attention"] = int(
+        run.batch * positions * 2 * decoder.num_local_kv_heads * entry * run.layers
+    )
     return found
 
 
-def print_phase(
-    title: str, phase: str, watches: tuple[Stopwatch, Stopwatch], read_bytes: Mapping[str, int]
-) -> None:
+def print_phase(title: str, phase: str, watches: Watches, read_bytes: Mapping[str, int]) -> None:
     stamped, plain = watches
     rows = stamped.rows(phase, read_bytes)
     rest = plain.median_s(phase) - sum(row.seconds for row in rows)
@@ -348,24 +400,44 @@ def main() -> None:
     run = parse()
     torch.set_num_threads(run.threads)
     decoder, loaded = open_model(run)
-    watches = measure(run, decoder)
+    found = measure(run, decoder)
     bandwidth = measure_bandwidth_gb_s()
-    read_bytes = step_bytes(run, decoder, run.prompt + (run.tokens + 1) / 2)
-    floor_ms = 1000 * read_bytes.total() / bandwidth / 1e9
     print(f"Measured with `python scripts/profile_step.py {arguments(run)}`")
     print(
         f"and torch {torch.__version__}; medians of steps, weights {loaded.weight_bytes / 1e9:.2f} GB."
     )
+    for kind, watches in found.items():
+        print_cache(run, kind, watches, step_bytes(run, decoder, kind), bandwidth)
+    first, *others = ((kind, plain.median_s("decode")) for kind, (_, plain) in found.items())
+    for kind, seconds in others:
+        print(
+            f"\nA decode step is {first[1] / seconds:.2f} times as fast with {kind} as {first[0]}."
+        )
+
+
+def print_cache(
+    run: Run, kind: str, watches: Watches, read_bytes: Counter[str], bandwidth: float
+) -> None:
+    floor_ms = 1000 * read_bytes.total() / bandwidth / 1e9
     print(
-        f"What a decode step must read, {read_bytes.total() / 1e9:.2f} GB, takes {floor_ms:.1f} ms"
+        f"\nWhat a decode step must read, {read_bytes.total() / 1e9:.2f} GB, takes {floor_ms:.1f} ms"
     )
     print(f"at the {bandwidth:.1f} GB/s that a sum over 256 MiB reached beside it.")
-    print_phase(f"Decode, {run.batch} x 1 token", "decode", watches, read_bytes)
-    print_phase(f"Prefill, {run.batch} x {run.prompt} tokens", "prefill", watches, {})
+    print_phase(f"Decode, {run.batch} x 1 token, {kind} cache", "decode", watches, read_bytes)
+    if not run.filled:
+        print_phase(f"Prefill, {run.batch} x {run.prompt} tokens", "prefill", watches, {})
 
 
 def arguments(run: Run) -> str:
-    return " ".join(f"--{name} {value}" for name, value in vars(run).items())
+    words = []
+    for name, value in vars(run).items():
+        listed = value if isinstance(value, list) else [value]
+        words += (
+            []
+            if value is False
+            else [f"--{name}", *(map(str, listed) if value is not True else ())]
+        )
+    return " ".join(words)
 
 
 if __name__ == "__main__":

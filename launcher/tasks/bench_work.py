@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from launcher.schema import Config
 from parallel.checkpoint.layout import Layout
+from parallel.checkpoint.plan import kv_position_bytes
 from parallel.checkpoint.source import DTYPE_BYTES
-from parallel.model.config import ModelConfig
 from parallel.model.placements import EMBEDDING, HEAD
 
 
@@ -80,7 +80,7 @@ def decode_work(layout: Layout, case: Case, ranks: Iterable[int], tp: int, dtype
     tokens = case.batch_size * case.new_tokens
     contexts = case.batch_size * sum(range(case.prompt_length + 1, case.length + 1))
     weights = sum(read_bytes(layout, rank, tp, dtype) for rank in ranks)
-    cached = sum(_kv_width(layout.config, tp) for _ in ranks) * contexts * DTYPE_BYTES[dtype]
+    cached = len(ranks) * contexts * kv_position_bytes(layout, tp, dtype)
     return Work(
         tokens,
         case.new_tokens * weights + cached,
@@ -97,12 +97,6 @@ def read_bytes(layout: Layout, rank: int, tp: int, dtype: str) -> int:
     whole = math.prod(layout.table[EMBEDDING].shape) * DTYPE_BYTES[dtype]
     head = 0 if HEAD in layout.table else whole // tp
     return layout.rank_bytes(rank, tp, dtype) - embedding + head
-
-
-def _kv_width(config: ModelConfig, tp: int) -> int:
-    """Numbers of one position in a rank's KV cache, of all layers."""
-    heads = max(1, config.num_key_value_heads // tp)
-    return 2 * config.num_hidden_layers * heads * config.head_dim
 
 
 def _operations(

@@ -67,7 +67,8 @@ class Report:
 
     @property
     def bytes_before(self) -> int:
-        return sum(source_bytes(self.source, row) for row in self.layout.table.values())
+        rows = (row for row in self.layout.table.values() if not row.is_kv_scale)
+        return sum(source_bytes(self.source, row) for row in rows)
 
     @property
     def bytes_after(self) -> int:

@@ -69,7 +69,8 @@ class StoredTensor:
 
     def num_bytes(self, rank: int, size: int, float_dtype: str | None = None) -> int:
         """Bytes of the rank's slice as it is stored; in memory, where floats become another dtype."""
-        dtype = float_dtype if float_dtype and not self.is_quantized else self.dtype
+        keeps_dtype = self.is_quantized or self.row.is_kv_scale
+        dtype = float_dtype if float_dtype and not keeps_dtype else self.dtype
         return math.prod(index_shape(self.index(rank, size))) * DTYPE_BYTES[dtype]
 
 
@@ -159,7 +160,13 @@ def make_layout(
     modules = scheme.for_modules(linear_modules(config))
     check_fused(modules)
     own_head = modules[HEAD.removesuffix(".weight")] is not None
-    table = placement_table(config, vocab_emb_dp=vocab_emb_dp, own_head=own_head, schemes=modules)
+    table = placement_table(
+        config,
+        vocab_emb_dp=vocab_emb_dp,
+        own_head=own_head,
+        schemes=modules,
+        has_kv_scales=scheme.kv_granularity == "per_channel",
+    )
     schemes = {
         row.name: found
         for row in table.values()
@@ -172,7 +179,7 @@ def make_layout(
 
 def _stored(row: Row, dtype: str, scheme: LinearScheme | None) -> tuple[StoredTensor, ...]:
     if scheme is None:
-        return (StoredTensor(row.name, row, row.shape, dtype),)
+        return (StoredTensor(row.name, row, row.shape, "float32" if row.is_kv_scale else dtype),)
     parts = (
         _part(row, row.name, STORED_DTYPES[scheme.weight_dtype], scheme.values_per_byte),
         _part(row, row.name + SCALE_SUFFIX, dtype, scheme.group_size or row.shape[1]),
@@ -194,8 +201,14 @@ def _part(row: Row, name: str, dtype: str, columns: int) -> StoredTensor:
 
 
 def check_calibrated(layout: Layout, tensors: Container[str], where: str) -> None:
-    """Raise CheckpointError where the scale of a static input is not in the source."""
+    """Raise CheckpointError where the source has no scale of a static input or KV cache."""
     for row in layout.table.values():
+        if row.is_kv_scale and row.name not in tensors:
+            raise CheckpointError(
+                f"{where} has no {row.name}, and quant.kvcache_quant_granularity=per_channel needs "
+                "calibration for such static scales; write shardrun prepare with this scheme first "
+                "and give its output, or write per_token."
+            )
         scheme = layout.schemes.get(row.name)
         if scheme is not None and scheme.is_static and input_scale_name(row) not in tensors:
             raise uncalibrated(row, where)
@@ -219,6 +232,8 @@ def check_source(table: Table, tensors: Mapping[str, TensorInfo], where: str) ->
     check_names(table, tensors, where)
     for row in table.values():
         name = row.twin or row.name
+        if row.is_kv_scale and name not in tensors:
+            continue
         if tensors[name].shape != row.shape:
             raise CheckpointError(
                 f"{where}: {name} must have shape {list(row.shape)} by config.json, but has "
@@ -234,10 +249,14 @@ def check_source(table: Table, tensors: Mapping[str, TensorInfo], where: str) ->
 def check_names(table: Table, names: Iterable[str], where: str) -> None:
     """Compare a checkpoint's names with the model's.
 
-    A tied lm_head may stand in the file as well; as in transformers, the embedding is used.
+    A tied lm_head may stand in the file as well; as in transformers, the embedding is used. A KV
+    cache's static scales may all be missing: calibration makes them (check_calibrated).
     """
     expected = {row.twin or row.name for row in table.values()}
     present = {name for name in names if not name.endswith(DROPPED_SUFFIXES)}
+    scales = {row.name for row in table.values() if row.is_kv_scale}
+    if present.isdisjoint(scales):
+        expected -= scales
     missing = sorted(expected - present)
     if missing:
         raise CheckpointError(

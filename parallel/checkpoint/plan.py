@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from parallel.checkpoint.layout import Layout
 from parallel.checkpoint.source import DTYPE_BYTES
 from parallel.errors import ModelError
-from parallel.model.config import ModelConfig
 from parallel.model.placements import EMBEDDING, HEAD
 from parallel.placement import index_shape
 
@@ -68,7 +67,7 @@ def plan_rank(layout: Layout, tp: int, workload: Workload) -> RankPlan:
     layout.check_tp(tp)
     rank = max(range(tp), key=lambda rank: layout.rank_bytes(rank, tp, workload.dtype))
     linear, embedding, other = _weights_by_kind(layout, rank, tp, workload.dtype)
-    kv_cache = kv_cache_bytes(layout.config, tp, workload)
+    kv_cache = kv_cache_bytes(layout, tp, workload)
     embedding_rows = _bytes_of(layout, EMBEDDING, rank, tp, workload.dtype)
     # A tied embedding is read whole, as lm_head; an untied one only at the token's row.
     head_rows = (
@@ -86,19 +85,27 @@ def plan_rank(layout: Layout, tp: int, workload: Workload) -> RankPlan:
     )
 
 
-def kv_cache_bytes(config: ModelConfig, tp: int, workload: Workload) -> int:
-    """Keys and values of every layer for the rank's kv heads; a replicated head counts on each."""
-    heads = max(1, config.num_key_value_heads // tp)
-    per_token = 2 * config.num_hidden_layers * heads * config.head_dim
+def kv_cache_bytes(layout: Layout, tp: int, workload: Workload) -> int:
+    """Of the batch at its full length."""
     tokens = workload.batch_size * workload.max_length
-    return per_token * tokens * DTYPE_BYTES[workload.dtype]
+    return tokens * kv_position_bytes(layout, tp, workload.dtype)
+
+
+def kv_position_bytes(layout: Layout, tp: int, dtype: str) -> int:
+    """One position's keys and values of every layer for a rank's kv heads, as they are cached; a
+    replicated head counts on each rank."""
+    config = layout.config
+    heads = max(1, config.num_key_value_heads // tp)
+    entry = layout.scheme.kv_bytes(config.head_dim, DTYPE_BYTES[dtype])
+    return 2 * config.num_hidden_layers * heads * entry
 
 
 def temporary_bytes(layout: Layout, tp: int, workload: Workload) -> int:
     """What a prefill step holds at once beside the weights: an estimate, from above.
 
     The residual and the normed stream, the widest of q k v and gate up, the partial sums in
-    float32, the attention mask in float32, and the logits of the batch.
+    float32, the attention mask in float32, the logits of the batch, and of an int8 KV cache the
+    keys and values of one sequence as floats.
     """
     config = layout.config
     tokens = min(workload.prefill_chunk, workload.batch_size * workload.max_length)
@@ -114,7 +121,9 @@ def temporary_bytes(layout: Layout, tp: int, workload: Workload) -> int:
     wide = tokens * max(3 * ffn, 6 * heads) * max(width, 4)
     mask = tokens * workload.max_length * 5
     logits = workload.batch_size * config.vocab_size * 4 * 2
-    return stream + wide + mask + logits
+    kv_heads = max(1, config.num_key_value_heads // tp) * config.head_dim
+    run = 2 * kv_heads * workload.max_length * (width + 4) if layout.scheme.kv_granularity else 0
+    return stream + wide + mask + logits + run
 
 
 def unsupported_reason(layout: Layout, tp: int) -> str | None:

@@ -25,10 +25,12 @@ def read_weight(layout: Layout, source: Source, row: Row, index: Index) -> Weigh
     row-parallel weight are those of the whole row, so the integers are the same at every size.
 
     Raises:
-        CheckpointError: the weight holds an infinity or a NaN, and must be quantized; or its input
-            has a static scale that the source does not have, or that is no scale.
+        CheckpointError: the weight holds an infinity or a NaN, and must be quantized; or a static scale
+            of its input or of the KV cache is missing, or is none.
     """
     scheme = layout.schemes.get(row.name)
+    if row.is_kv_scale:
+        return _read_kv_scale(source, row, index)
     if scheme is None:
         return source.read(source_name(source, row), index)
     if is_quantized(source, row):
@@ -68,6 +70,15 @@ def source_name(source: Source, row: Row) -> str:
 def is_quantized(source: Source, row: Row) -> bool:
     """Whether the source, a prepared one, holds the weight quantized already."""
     return row.name + SCALE_SUFFIX in source.tensors
+
+
+def _read_kv_scale(source: Source, row: Row, index: Index) -> Tensor:
+    scale = source.read(row.name, index).float()
+    if not (scale.isfinite() & (scale > 0)).all():
+        raise CheckpointError(
+            f"{source.path}: {row.name} must hold positive finite scales, but does not; calibrate again."
+        )
+    return scale
 
 
 def _read_quantized(layout: Layout, source: Source, row: Row, index: Index) -> QuantizedWeight:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from parallel.generation.cache import StaticScales
 from parallel.group import Group
 from parallel.layers import (
     ColumnParallelLinear,
@@ -18,7 +19,7 @@ from parallel.layers import (
 from parallel.model.config import ModelConfig
 from parallel.model.decoder import MLP, Attention, Decoder, DecoderLayer, RMSNorm
 from parallel.model.parameters import FUSED
-from parallel.model.placements import EMBEDDING, HEAD, Table, head_sizes
+from parallel.model.placements import EMBEDDING, HEAD, KV_SCALES, Table, head_sizes
 from parallel.placement import index_shape
 from quant.weight import ReadyWeight
 
@@ -30,6 +31,7 @@ def build_decoder(
     group: Group,
     max_length: int,
     *,
+    kv_granularity: str | None = None,
     exact_sums: bool | None = None,
 ) -> Decoder:
     """One rank's decoder.
@@ -40,6 +42,7 @@ def build_decoder(
             one; floats in the compute dtype, products as a kernel packed them.
         group: the ranks that share the model.
         max_length: the longest sequence in tokens.
+        kv_granularity: of an int8 KV cache; per_channel wants the scales among the weights.
         exact_sums: as for RowParallelLinear.
     """
     parts = _Parts(config, table, weights, group, exact_sums)
@@ -52,6 +55,8 @@ def build_decoder(
         parts.head(),
         num_local_kv_heads=parts.num_local_kv_heads(),
         max_length=max_length,
+        kv_granularity=kv_granularity,
+        kv_scales=parts.kv_scales() if kv_granularity == "per_channel" else (),
     )
 
 
@@ -94,6 +99,16 @@ class _Parts:
 
     def num_local_kv_heads(self) -> int:
         return self._local_size("model.layers.0.self_attn.k_proj") // self.config.head_dim
+
+    def kv_scales(self) -> list[StaticScales]:
+        """Of each layer's keys and values, those of this rank's kv heads, [H, C]."""
+        return [
+            (self._kv_scale(index, KV_SCALES[0]), self._kv_scale(index, KV_SCALES[1]))
+            for index in range(self.config.num_hidden_layers)
+        ]
+
+    def _kv_scale(self, index: int, name: str) -> Tensor:
+        return self._tensor(f"model.layers.{index}.{name}").view(-1, self.config.head_dim)
 
     def _columns(self, prefix: str, fused: str) -> ColumnParallelLinears:
         return ColumnParallelLinears(

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel.generation.cache import KVCache
+from parallel.generation.cache import KVCache, StaticScales
 from parallel.group import Group
 from parallel.layers import (
     ColumnParallelLinears,
@@ -26,7 +26,6 @@ from parallel.layers import (
 from parallel.model.captured import CapturedLayers, can_capture
 from parallel.model.config import ModelConfig
 from parallel.model.rope import cos_sin_table
-from quant.attention import decode_attention
 from quant.elementwise import rms_norm, rotate, silu_product
 
 
@@ -155,9 +154,10 @@ class Attention:
 
     def decode(self, q_BHC: Tensor, context: StepContext, cache: KVCache) -> Tensor:
         """One token a sequence."""
-        k_BKLC, v_BKLC = cache.rows(self.layer, q_BHC.shape[0], context.step.length)
-        positions_B = context.step.positions_T
-        return decode_attention(q_BHC, k_BKLC, v_BKLC, positions_B, lambda: context.masks[0])
+        step = context.step
+        return cache.attend(
+            self.layer, q_BHC, step.positions_T, step.length, lambda: context.masks[0]
+        )
 
 
 @dataclass(frozen=True)
@@ -197,6 +197,8 @@ class Decoder:
 
     Args:
         max_length: the longest sequence, for the table of rotary angles.
+        kv_granularity: of an int8 KV cache, per_token or per_channel; None: it is in the compute dtype.
+        kv_scales: of each layer, with per_channel.
     """
 
     def __init__(
@@ -210,6 +212,8 @@ class Decoder:
         *,
         num_local_kv_heads: int,
         max_length: int,
+        kv_granularity: str | None = None,
+        kv_scales: Sequence[StaticScales] = (),
     ) -> None:
         self.config = config
         self.group = group
@@ -218,6 +222,8 @@ class Decoder:
         self.norm = norm
         self.lm_head = lm_head
         self.num_local_kv_heads = num_local_kv_heads
+        self.kv_granularity = kv_granularity
+        self.kv_scales = kv_scales
         self.dtype = norm.weight_D.dtype
         self.device = norm.weight_D.device
         cos_L1C, sin_L1C = cos_sin_table(config, max_length, self.dtype)
@@ -258,7 +264,7 @@ class Decoder:
         return delta_TD
 
     def new_cache(self, num_rows: int, max_length: int) -> KVCache:
-        """A cache for this rank's kv heads, in the compute dtype."""
+        """A cache for this rank's kv heads."""
         return KVCache(
             self.config.num_hidden_layers,
             self.num_local_kv_heads,
@@ -267,6 +273,8 @@ class Decoder:
             max_length,
             self.dtype,
             self.device,
+            granularity=self.kv_granularity,
+            scales=self.kv_scales,
         )
 
 

@@ -24,6 +24,7 @@ class Row:
         placement: which slice belongs to a rank.
         is_linear: whether it is the weight of a linear, which may be quantized.
         twin: the tensor it is a copy of, where the checkpoint has none of that name.
+        is_kv_scale: whether it is the static scales of an int8 KV cache, which stay float32.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Row:
     placement: Placement
     is_linear: bool = False
     twin: str | None = None
+    is_kv_scale: bool = False
 
     @property
     def module(self) -> str:
@@ -46,6 +48,8 @@ Table = dict[str, Row]
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+# Static scales of a layer's keys and values, one of each channel, by the names of compressed-tensors.
+KV_SCALES = ("self_attn.k_scale", "self_attn.v_scale")
 
 
 def placement_table(
@@ -54,6 +58,7 @@ def placement_table(
     vocab_emb_dp: bool = False,
     own_head: bool = False,
     schemes: Mapping[str, LinearScheme | None] | None = None,
+    has_kv_scales: bool = False,
 ) -> Table:
     """Every tensor of the model by name, in the order of a step.
 
@@ -63,10 +68,13 @@ def placement_table(
             never is.
         schemes: of the modules that are quantized; an FFN is cut between the groups of its
             down_proj.
+        has_kv_scales: the KV cache is int8 with static scales, which calibration has made.
     """
     rows = [*_embedding(config, vocab_emb_dp)]
     for layer in range(config.num_hidden_layers):
-        rows += _layer(config, f"model.layers.{layer}.", schemes or {})
+        prefix = f"model.layers.{layer}."
+        rows += _layer(config, prefix, schemes or {})
+        rows += _kv_scales(config, prefix) if has_kv_scales else ()
     rows.append(Row("model.norm.weight", (config.hidden_size,), Replicate()))
     if own_head or not config.tie_word_embeddings:
         shape = (config.vocab_size, config.hidden_size)
@@ -116,6 +124,14 @@ def _attention(config: ModelConfig, prefix: str) -> Iterator[Row]:
     yield from _column(prefix + "v_proj", kv_size, config.hidden_size, kv_heads, bias)
     cut = Split(1, config.head_dim)
     yield from _row(prefix + "o_proj", config.hidden_size, q_size, cut, config.o_bias)
+
+
+def _kv_scales(config: ModelConfig, prefix: str) -> Iterator[Row]:
+    """Cut as the rows of k_proj and v_proj are, so that a rank has those of its own kv heads."""
+    heads = SplitKVHeads(0, config.num_key_value_heads)
+    for name in KV_SCALES:
+        shape = (config.num_key_value_heads * config.head_dim,)
+        yield Row(prefix + name, shape, heads, is_kv_scale=True)
 
 
 def _ffn_unit(down_proj: LinearScheme | None) -> int:

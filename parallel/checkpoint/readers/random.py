@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from parallel.checkpoint.layout import INPUT_SCALE, SCALE_SUFFIX, Layout
 from parallel.checkpoint.source import TensorInfo
+from parallel.model.placements import KV_SCALES
 from parallel.placement import Index
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ _ROW_STRIDE = 4_099
 _INPUT_RANGE = 4.0
 # The standard deviation of integers drawn evenly from -127 to 127, and from -8 to 7.
 _DEVIATIONS = {"int8": math.sqrt((255**2 - 1) / 12), "int4": math.sqrt((16**2 - 1) / 12)}
+
+# Keys and values have a deviation near 1, as the normed stream; larger ones than so many saturate.
+_KV_DEVIATIONS = 6.0
 
 
 class RandomSource:
@@ -60,6 +64,8 @@ class RandomSource:
         dtype = getattr(torch, self.tensors[name].dtype)
         if name.endswith(f".{INPUT_SCALE}"):
             return torch.full(shape, _INPUT_RANGE / 127, dtype=dtype)
+        if name.endswith(KV_SCALES):
+            return torch.full(shape, _KV_DEVIATIONS / 127, dtype=dtype)
         if name.endswith(SCALE_SUFFIX):
             deviation = _DEVIATIONS[self._dtypes[name.removesuffix(SCALE_SUFFIX)]]
             return torch.full(shape, self._deviation(name) / deviation, dtype=dtype)

@@ -13,7 +13,7 @@ from torch import Tensor
 from quant.compiled import find_compiled
 from quant.kernels.native.recording import active
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int32: 2, torch.int64: 3}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int32: 2, torch.int64: 3, torch.int8: 4}
 _POINTER, _SIZE, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 # The functions that take one struct, and its fields as the C files declare them: numbers, addresses
 # (*) and doubles (%), each of eight bytes.
@@ -26,8 +26,11 @@ _CALLS = {
     "finish": "*sums sums_type *amax *input_scale *damaged levels M N *scale *bias bias_type *out "
     "out_type",
     "bfloat16": "set *x x_type x_stride M K *w N *bias bias_type *out out_type *work",
-    "attend": "set *q q_row q_head *keys *values type row head *positions B K G C *out",
+    "attend": "set *q type q_row q_head *keys *values cached row head *key_scale *value_scale "
+    "is_static scale_row scale_head *positions B K G C *out",
     "write_slots": "*keys *values stride *slots T H bytes *to_keys *to_values head",
+    "write_int8": "set *keys *values type stride *slots T H C *to_keys *to_values head *key_scale "
+    "*value_scale is_static scale_head",
     "rms_norm": "set *x *delta *weight type T D %eps *out",
     "silu_product": "set *gate_up type T F *out",
     "rotate": "set *x type stride T H C *cos *sin *positions",

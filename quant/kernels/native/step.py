@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from quant.kernels.native.library import TYPES, call, is_available, widest
+from quant.kv import Int8Store
 
 MAX_CHANNELS, MAX_GROUP = 256, 16  # as in attention.c
+_LANES = 8
 FLOATS = (torch.float32, torch.bfloat16)
 
 
@@ -38,13 +42,31 @@ def attend(q_BHC: Tensor, keys_BKLC: Tensor, values_BKLC: Tensor, positions_B: T
         keys_BKLC, values_BKLC: views of the cache with the same strides; H is a multiple of K.
         positions_B: int64; a query sees its own position and those before it.
     """
+    return _attend(q_BHC, keys_BKLC, values_BKLC, positions_B, (None, None, 0, 0, 0))
+
+
+def attend_int8(q_BHC: Tensor, store: Int8Store, positions_B: Tensor) -> Tensor:
+    """The same over integers, which become floats in registers only.
+
+    Args:
+        store: a view by rows.
+    """
+    strides = (0, 0) if store.is_static else store.key_scale.stride()[:2]
+    scales = (store.key_scale, store.value_scale, int(store.is_static), *strides)
+    return _attend(q_BHC, store.keys, store.values, positions_B, scales)
+
+
+def _attend(
+    q_BHC: Tensor, keys_BKLC: Tensor, values_BKLC: Tensor, positions_B: Tensor, scales: Any
+) -> Tensor:
+    """Args: scales: the fields of the struct from key_scale to scale_head."""
     batch, heads, channels = q_BHC.shape
     num_kv_heads = keys_BKLC.shape[1]
     out_BHC = torch.empty(batch, heads, channels, dtype=q_BHC.dtype)
     call(
-        "attend", widest(), q_BHC, *q_BHC.stride()[:2], keys_BKLC, values_BKLC, TYPES[q_BHC.dtype],
-        *keys_BKLC.stride()[:2], positions_B, batch, num_kv_heads, heads // num_kv_heads, channels,
-        out_BHC,
+        "attend", widest(), q_BHC, TYPES[q_BHC.dtype], *q_BHC.stride()[:2], keys_BKLC, values_BKLC,
+        TYPES[keys_BKLC.dtype], *keys_BKLC.stride()[:2], *scales, positions_B, batch, num_kv_heads,
+        heads // num_kv_heads, channels, out_BHC,
     )  # fmt: skip
     return out_BHC
 
@@ -58,6 +80,19 @@ def write_slots(
     call(
         "write_slots", k_THC, v_THC, k_THC.stride(0) * size, slots_T, tokens, heads,
         channels * size, keys_HSC, values_HSC, keys_HSC.stride(0) * size,
+    )  # fmt: skip
+
+
+def write_int8(k_THC: Tensor, v_THC: Tensor, slots_T: Tensor, store: Int8Store) -> None:
+    """Quantize the keys and values of some tokens, and store them at their slots of the cache.
+
+    Args:
+        store: a view by slot.
+    """
+    call(
+        "write_int8", widest(), k_THC, v_THC, TYPES[k_THC.dtype], k_THC.stride(0), slots_T,
+        *k_THC.shape, store.keys, store.values, store.keys.stride(0), store.key_scale,
+        store.value_scale, int(store.is_static), store.key_scale.stride(0),
     )  # fmt: skip
 
 
@@ -108,12 +143,12 @@ def takes(*tensors: Tensor) -> bool:
 
 
 def can_attend(q_BHC: Tensor, keys_BKLC: Tensor) -> bool:
-    """Whether `attend` takes tensors of these shapes and dtypes, and the library is there."""
+    """Whether `attend`, of keys in q's dtype, or `attend_int8` takes these, and the library is there."""
     _, heads, channels = q_BHC.shape
     return (
         q_BHC.device.type == "cpu"
         and q_BHC.dtype in FLOATS
-        and q_BHC.dtype == keys_BKLC.dtype
+        and keys_BKLC.dtype in (q_BHC.dtype, torch.int8)
         and channels % 16 == 0
         and channels <= MAX_CHANNELS
         and heads // keys_BKLC.shape[1] <= MAX_GROUP
@@ -126,11 +161,26 @@ def can_write(k_THC: Tensor, v_THC: Tensor, keys_HSC: Tensor, values_HSC: Tensor
     """Whether `write_slots` takes tensors that lie so, and the library is there."""
     channels = k_THC.shape[2]
     return (
-        k_THC.device.type == "cpu"
-        and k_THC.dtype == v_THC.dtype == keys_HSC.dtype
-        and k_THC.stride() == v_THC.stride()
-        and k_THC.stride()[1:] == (channels, 1)
+        k_THC.dtype == keys_HSC.dtype
         and keys_HSC.stride() == values_HSC.stride()
         and keys_HSC.stride()[1:] == (channels, 1)
+        and _lie_side_by_side(k_THC, v_THC)
+    )
+
+
+def can_write_int8(k_THC: Tensor, v_THC: Tensor) -> bool:
+    """Whether `write_int8` takes tensors that lie so, and the library is there."""
+    return (
+        k_THC.dtype in FLOATS and k_THC.shape[2] % _LANES == 0 and _lie_side_by_side(k_THC, v_THC)
+    )
+
+
+def _lie_side_by_side(k_THC: Tensor, v_THC: Tensor) -> bool:
+    """Whether k and v are on the CPU, of one dtype, and their heads one after the other."""
+    return (
+        k_THC.device.type == "cpu"
+        and k_THC.dtype == v_THC.dtype
+        and k_THC.stride() == v_THC.stride()
+        and k_THC.stride()[1:] == (k_THC.shape[2], 1)
         and is_available()
     )
