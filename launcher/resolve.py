@@ -61,7 +61,7 @@ def resolve(config: Config, environment: WorkerEnvironment) -> Resolved:
     layout = checkpoint.layout(scheme, vocab_emb_dp=config.parallel.vocab_emb_dp)
     layout.check_tp(size)
     layout.check_exact_sums(config.parallel.exact_sums)
-    if checkpoint.prepared_size is not None:
+    if checkpoint.own_scheme is not None:
         config = replace(config, quant=_quant_section(layout))
     if not is_random:
         notes += _override_notes(path, model_overrides(config)) + _sampling_note(checkpoint)
@@ -166,8 +166,8 @@ def check_effects(config: Config) -> None:
         )
     if config.output is not None:
         raise ConfigError(
-            f"`output` is where prepare writes, but the task is {config.task.name}; leave it out "
-            "(results are under `run_root`)."
+            f"`output` is where prepare and export write, but the task is {config.task.name}; "
+            "leave it out (results are under `run_root`)."
         )
 
 
@@ -201,7 +201,7 @@ def open_original(config: Config, checkpoint: Checkpoint) -> Checkpoint | None:
     if name is not None:
         return open_checkpoint(Path(name), model_overrides(config))
     quantizes = config.quant.scheme() != QuantScheme()
-    return checkpoint if quantizes and checkpoint.prepared_size is None else None
+    return checkpoint if quantizes and checkpoint.own_scheme is None else None
 
 
 def check_gpus(config: Config, resolved: Resolved, environment: WorkerEnvironment) -> None:

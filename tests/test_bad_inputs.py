@@ -174,7 +174,7 @@ DAMAGED = [
          written("model.safetensors", struct.pack("<Q", 2**63) + b"{}")),
     case("tensor of another size than its bytes", GENERATE, ("model.safetensors",),
          header({"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 16]})),
-    case("int64 weights", GENERATE, ("lm_head.weight", "I64"),
+    case("int64 weights", GENERATE, ("lm_head.weight", "int64"),
          weight("lm_head.weight", lambda tensor: tensor.long())),
     case("weight of another shape", GENERATE, ("lm_head.weight", "[2048, 64]", "[64, 2048]"),
          weight("lm_head.weight", lambda tensor: tensor.T.contiguous())),

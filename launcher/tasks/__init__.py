@@ -23,6 +23,10 @@ TASKS = {
         ("generation", "quant", "parallel", "model"),
     ),
     "prepare": ("checkpoint -> quantized shards for each rank", ("quant", "parallel", "model")),
+    "export": (
+        "prepared checkpoint -> one Hugging Face checkpoint, compressed-tensors where quantized",
+        ("export",),
+    ),
     "plan": (
         "what each rank will hold, and which sizes work",
         ("plan", "quant", "parallel", "model", "generation"),

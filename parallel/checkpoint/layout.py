@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from parallel.checkpoint.source import DTYPE_BYTES, TensorInfo
+from parallel.checkpoint.source import DTYPE_BYTES, FLOAT_DTYPES, TensorInfo
 from parallel.errors import CheckpointError, ModelError
 from parallel.model.config import ModelConfig
 from parallel.model.families import DROPPED_SUFFIXES
@@ -183,7 +183,7 @@ def check_source(table: Table, tensors: Mapping[str, TensorInfo], where: str) ->
     Raises:
         CheckpointError: a tensor that is missing, that is not the model's, or not of its shape.
     """
-    check_names(table, tensors, where)
+    check_names({row.twin or row.name for row in table.values()}, tensors, where)
     for row in table.values():
         name = row.twin or row.name
         if tensors[name].shape != row.shape:
@@ -191,19 +191,18 @@ def check_source(table: Table, tensors: Mapping[str, TensorInfo], where: str) ->
                 f"{where}: {name} must have shape {list(row.shape)} by config.json, but has "
                 f"{list(tensors[name].shape)}; use the config.json of this checkpoint."
             )
-        if tensors[name].dtype in STORED_DTYPES.values():
+        if tensors[name].dtype not in FLOAT_DTYPES:
             raise CheckpointError(
                 f"{where}: {name} is {tensors[name].dtype} without a scheme that says its scales; "
                 "give the unquantized checkpoint."
             )
 
 
-def check_names(table: Table, names: Iterable[str], where: str) -> None:
+def check_names(expected: set[str], names: Iterable[str], where: str) -> None:
     """Compare a checkpoint's names with the model's.
 
     A tied lm_head may stand in the file as well; as in transformers, the embedding is used.
     """
-    expected = {row.twin or row.name for row in table.values()}
     present = {name for name in names if not name.endswith(DROPPED_SUFFIXES)}
     missing = sorted(expected - present)
     if missing:

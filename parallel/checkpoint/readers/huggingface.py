@@ -36,6 +36,10 @@ class HuggingFaceSource:
     def read(self, name: str, index: Index) -> Tensor:
         return self._files[self.tensors[name].file].read(name, index)
 
+    def numbers(self, name: str) -> Any:
+        """A tensor of a few integers, as Python's, read without torch."""
+        return self._files[self.tensors[name].file].numbers(name)
+
     def identity(self) -> dict[str, Any]:
         return {"files": {name: file.identity() for name, file in sorted(self._files.items())}}
 

@@ -39,6 +39,11 @@ class SafetensorsFile:
             self._mapped = _open(self.path, "pt")
         return self._mapped.get_tensor(name)[index].contiguous()
 
+    def numbers(self, name: str) -> Any:
+        """A tensor of a few integers, as Python's, read without torch."""
+        with _open(self.path, "numpy") as file:
+            return file.get_tensor(name).tolist()
+
     def identity(self) -> dict[str, Any]:
         """Size and header hash; a file with the same header may still hold other data."""
         with self.path.open("rb") as file:
