@@ -176,8 +176,8 @@ def test_a_tied_lm_head_that_is_quantized_is_untied(tmp_path):
     assert config["tie_word_embeddings"] is False
     assert config["quantization_config"]["ignore"] == []
     assert config["quantization_config"]["config_groups"]["group_0"]["targets"] == [
-        "Linear",
         "lm_head",
+        "Linear",
     ]
     tensors = read_all(out)
     assert tensors["lm_head.weight_packed"].dtype == torch.int32

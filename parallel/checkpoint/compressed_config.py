@@ -84,7 +84,7 @@ def write_quantization(schemes: Mapping[str, LinearScheme | None]) -> dict[str, 
 
 def _class_target(members: list[str]) -> list[str]:
     """Every linear; lm_head by name, as in vLLM it is none."""
-    return ["Linear", *([_HEAD] if _HEAD in members else [])]
+    return [*([_HEAD] if _HEAD in members else []), "Linear"]
 
 
 def _targets(members: Iterable[str], modules: tuple[str, ...]) -> list[str]:
