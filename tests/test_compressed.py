@@ -79,7 +79,7 @@ def test_every_slice_of_words_is_the_slice_of_the_integers(bits, columns):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("columns", [1, 2, 3, 8, 31, 32, 33, 127, 256])
 def test_words_are_those_of_compressed_tensors(bits, columns):
-    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    helpers = pytest.importorskip("compressed_tensors.compressors")
     values = random_integers(5, columns, bits)
     words = helpers.pack_to_int32(values, bits)
     assert torch.equal(to_words(stored(values, bits), columns, bits), words)

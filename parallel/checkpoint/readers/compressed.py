@@ -69,6 +69,7 @@ class CompressedSource:
             self._check_parts(name, linear)
             parts |= set(part_names(name, linear))
             stored |= self._stored(name, linear)
+        self._check_shapes()
         self.quantized = frozenset(stored)
         plain = {name: info for name, info in self._files.tensors.items() if name not in parts}
         self.tensors: Mapping[str, TensorInfo] = {**plain, **stored}
@@ -137,17 +138,18 @@ class CompressedSource:
                     f"config.json, but is {info.dtype} {list(info.shape)}; use the config.json of "
                     "this checkpoint."
                 )
-        if linear.format == PACKED:
-            self._check_shape(name)
 
-    def _check_shape(self, name: str) -> None:
+    def _check_shapes(self) -> None:
         """Words alone do not say how many columns they hold."""
-        said, wanted = self._files.numbers(f"{name}_shape"), list(self._shapes[_module(name)])
-        if said != wanted:
-            raise CheckpointError(
-                f"{self.path}: {name}_shape must be {wanted} by config.json, but is {said}; use the "
-                "config.json of this checkpoint."
-            )
+        packed = [name for name, linear in self._held.items() if linear.format == PACKED]
+        said = self._files.numbers(f"{name}_shape" for name in packed)
+        for name in packed:
+            found, wanted = said[f"{name}_shape"], list(self._shapes[_module(name)])
+            if found != wanted:
+                raise CheckpointError(
+                    f"{self.path}: {name}_shape must be {wanted} by config.json, but is {found}; use "
+                    "the config.json of this checkpoint."
+                )
 
 
 def part_names(name: str, linear: CompressedLinear) -> tuple[str, ...]:
