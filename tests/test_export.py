@@ -238,7 +238,6 @@ root, layers = Path(sys.argv[1]), int(sys.argv[2])
 write_checkpoint(root / "source", num_hidden_layers=layers, hidden_size=1024, intermediate_size=2816,
                  num_attention_heads=8, num_key_value_heads=8, dtype=torch.bfloat16)
 prepare(root / "source", root / "tp2", 2)
-export(root / "tp2", root / "warm")
 _, peak, _ = watch_memory(lambda: export(root / "tp2", root / "out"))
 print(peak >> 10)
 """
