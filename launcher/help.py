@@ -16,6 +16,7 @@ examples:
   shardrun plan checkpoint=~/Llama-2-70b-hf quant=rtn_a16w8 parallel.tp=8
   shardrun prepare checkpoint=~/Llama-2-70b-hf quant=rtn_a16w8 parallel.tp=8 output=~/70b-w8-tp8
   shardrun generate checkpoint=~/70b-w8-tp8 prompts_file=prompts.jsonl
+  shardrun export checkpoint=~/70b-w8-tp8 output=~/70b-w8-hf
   shardrun eval quant=rtn_a16w8 checkpoint=~/Llama-2-13b-hf eval.text=wiki.txt parallel.tp=2
   shardrun bench model=llama2_13b quant=rtn_a16w8 bench.tp=[1,2,4] bench.batch_sizes=[1,8]
   torchrun --nproc-per-node 2 -m launcher task=generate checkpoint=~/Llama-2-13b-hf prompt=Hello

@@ -54,7 +54,7 @@ def resolve(config: Config, environment: WorkerEnvironment) -> Resolved:
     scheme = config.quant.scheme()
     checkpoint = open_job(config)
     path = checkpoint.path
-    if scheme.needs_calibration and not is_shape_alone(config) and checkpoint.prepared_size is None:
+    if scheme.needs_calibration and not is_shape_alone(config) and checkpoint.own_scheme is None:
         _check_calibrates(config)
     default = DEMO_TP if path == DEMO else 1
     size, notes = decide_size(environment, config.parallel.tp, checkpoint.prepared_size, default)
@@ -65,7 +65,7 @@ def resolve(config: Config, environment: WorkerEnvironment) -> Resolved:
     layout.check_exact_sums(config.parallel.exact_sums)
     if config.task.name != "prepare":
         check_calibrated(layout, checkpoint.source.tensors, str(path))
-    if checkpoint.prepared_size is not None:
+    if checkpoint.own_scheme is not None:
         config = replace(config, quant=_quant_section(layout))
     if not is_random:
         notes += _override_notes(path, model_overrides(config)) + _sampling_note(checkpoint)
@@ -184,8 +184,8 @@ def check_effects(config: Config) -> None:
         )
     if config.output is not None:
         raise ConfigError(
-            f"`output` is where prepare writes, but the task is {config.task.name}; leave it out "
-            "(results are under `run_root`)."
+            f"`output` is where prepare and export write, but the task is {config.task.name}; "
+            "leave it out (results are under `run_root`)."
         )
 
 
@@ -219,7 +219,7 @@ def open_original(config: Config, checkpoint: Checkpoint) -> Checkpoint | None:
     if name is not None:
         return open_checkpoint(Path(name), model_overrides(config))
     quantizes = config.quant.scheme() != QuantScheme()
-    return checkpoint if quantizes and checkpoint.prepared_size is None else None
+    return checkpoint if quantizes and checkpoint.own_scheme is None else None
 
 
 def check_gpus(config: Config, resolved: Resolved, environment: WorkerEnvironment) -> None:

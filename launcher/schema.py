@@ -53,7 +53,7 @@ def _key(default: Any, text: str, rule: Rule | None = None) -> Any:
 class TaskSection:
     """Which task runs."""
 
-    name: str = _key("generate", "generate, prepare, plan, verify, eval, bench or env")
+    name: str = _key("generate", "generate, prepare, export, plan, verify, eval, bench or env")
 
 
 @dataclass
@@ -229,6 +229,17 @@ class PlanSection:
 
 
 @dataclass
+class ExportSection:
+    """How `export` writes."""
+
+    max_shard_bytes: int = _key(
+        5_000_000_000,
+        "weights of a file at most, in bytes; above it there are several",
+        _at_least(1),
+    )
+
+
+@dataclass
 class VerifySection:
     """What `verify` compares and accepts."""
 
@@ -303,13 +314,14 @@ class Config:
     generation: GenerationSection = field(default_factory=GenerationSection)
     plan: PlanSection = field(default_factory=PlanSection)
     calibration: CalibrationSection = field(default_factory=CalibrationSection)
+    export: ExportSection = field(default_factory=ExportSection)
     verify: VerifySection = field(default_factory=VerifySection)
     eval: EvalSection = field(default_factory=EvalSection)
     bench: BenchSection = field(default_factory=BenchSection)
     checkpoint: str | None = _key(
         None, "directory of the checkpoint; null: the embedded demo model"
     )
-    output: str | None = _key(None, "directory that prepare writes")
+    output: str | None = _key(None, "directory that prepare or export writes")
     config: str | None = _key(None, "YAML file of these keys, or a MindFormers predict YAML")
     device: str = _key("auto", "auto, cpu or cuda")
     dtype: str = _key("auto", "auto, float32, float16 or bfloat16")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from quant.errors import QuantError
@@ -40,4 +40,18 @@ def match_or_refuse(key: str, pattern: str, modules: tuple[str, ...]) -> set[str
 
 
 def _matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[2], pattern)
+    return fnmatchcase(name, pattern) or fnmatchcase(_last(name), pattern)
+
+
+def cover(members: Iterable[str], modules: Iterable[str]) -> list[str]:
+    """Patterns that match `members` and none of the other modules.
+
+    A last component where it stands for members alone, as in `down_proj`; else whole paths.
+    """
+    members = list(members)
+    others = {_last(name) for name in set(modules) - set(members)}
+    return list(dict.fromkeys(name if _last(name) in others else _last(name) for name in members))
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]

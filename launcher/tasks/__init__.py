@@ -26,6 +26,10 @@ TASKS = {
         "checkpoint -> quantized shards for each rank",
         ("calibration", "quant", "parallel", "model"),
     ),
+    "export": (
+        "prepared checkpoint -> one Hugging Face checkpoint, compressed-tensors where quantized",
+        ("export",),
+    ),
     "plan": (
         "what each rank will hold, and which sizes work",
         ("plan", "quant", "parallel", "model", "generation"),

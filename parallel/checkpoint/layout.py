@@ -10,12 +10,12 @@ import math
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 
-from parallel.checkpoint.source import DTYPE_BYTES, TensorInfo
+from parallel.checkpoint.source import DTYPE_BYTES, FLOAT_DTYPES, TensorInfo
 from parallel.errors import CheckpointError, ModelError
 from parallel.model.config import ModelConfig
 from parallel.model.families import DROPPED_SUFFIXES
 from parallel.model.parameters import check_fused
-from parallel.model.placements import HEAD, Row, Table, linear_modules, placement_table
+from parallel.model.placements import HEAD, KV_SCALES, Row, Table, linear_modules, placement_table
 from parallel.placement import Index, Shape, Split, index_shape
 from quant.errors import QuantError
 from quant.scheme import LinearScheme, QuantScheme
@@ -229,7 +229,7 @@ def check_source(table: Table, tensors: Mapping[str, TensorInfo], where: str) ->
     Raises:
         CheckpointError: a tensor that is missing, that is not the model's, or not of its shape.
     """
-    check_names(table, tensors, where)
+    check_names({row.twin or row.name for row in table.values()}, tensors, where)
     for row in table.values():
         name = row.twin or row.name
         if row.is_kv_scale and name not in tensors:
@@ -239,24 +239,23 @@ def check_source(table: Table, tensors: Mapping[str, TensorInfo], where: str) ->
                 f"{where}: {name} must have shape {list(row.shape)} by config.json, but has "
                 f"{list(tensors[name].shape)}; use the config.json of this checkpoint."
             )
-        if tensors[name].dtype in STORED_DTYPES.values():
+        if tensors[name].dtype not in FLOAT_DTYPES:
             raise CheckpointError(
                 f"{where}: {name} is {tensors[name].dtype} without a scheme that says its scales; "
                 "give the unquantized checkpoint."
             )
 
 
-def check_names(table: Table, names: Iterable[str], where: str) -> None:
+def check_names(expected: set[str], names: Iterable[str], where: str) -> None:
     """Compare a checkpoint's names with the model's.
 
     A tied lm_head may stand in the file as well; as in transformers, the embedding is used. A KV
     cache's static scales may all be missing: calibration makes them (check_calibrated).
     """
-    expected = {row.twin or row.name for row in table.values()}
     present = {name for name in names if not name.endswith(DROPPED_SUFFIXES)}
-    scales = {row.name for row in table.values() if row.is_kv_scale}
+    scales = {name for name in expected if name.endswith(KV_SCALES)}
     if present.isdisjoint(scales):
-        expected -= scales
+        expected = expected - scales
     missing = sorted(expected - present)
     if missing:
         raise CheckpointError(

@@ -7,6 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from parallel.checkpoint.compressed_config import (
+    CompressedLinear,
+    is_compressed,
+    without_quantization,
+)
+from parallel.checkpoint.compressed_groups import read_quantization, to_scheme
 from parallel.checkpoint.json_file import read_json_object
 from parallel.checkpoint.layout import (
     SCALE_SUFFIX,
@@ -16,6 +22,7 @@ from parallel.checkpoint.layout import (
     check_source,
     make_layout,
 )
+from parallel.checkpoint.readers.compressed import CompressedSource, part_names
 from parallel.checkpoint.readers.huggingface import INDEX_NAME, HuggingFaceSource, read_index
 from parallel.checkpoint.readers.prepared import MANIFEST, PreparedSource, is_prepared
 from parallel.checkpoint.readers.random import RandomSource
@@ -23,7 +30,7 @@ from parallel.checkpoint.regular_file import check_directory
 from parallel.checkpoint.source import Source
 from parallel.errors import CheckpointError
 from parallel.model.config import ModelConfig, override_config, token_ids
-from parallel.model.placements import Row
+from parallel.model.placements import Row, linear_modules, placement_table
 from quant.scheme import QuantScheme
 
 BIN_INDEX_NAME = "pytorch_model.bin.index.json"
@@ -51,6 +58,13 @@ class Checkpoint:
         """The tensor-parallel size it was prepared for, or None."""
         return self.source.size if isinstance(self.source, PreparedSource) else None
 
+    @property
+    def own_scheme(self) -> QuantScheme | None:
+        """The scheme that its files bring, which no other can stand in for; None: they bring none."""
+        if isinstance(self.source, PreparedSource | CompressedSource):
+            return self.source.scheme
+        return None
+
     def layout(self, scheme: QuantScheme, *, vocab_emb_dp: bool = False) -> Layout:
         """What the ranks will hold.
 
@@ -63,6 +77,8 @@ class Checkpoint:
         if isinstance(self.source, RandomSource):
             assert scheme == self.source.scheme, "random weights are made for one scheme"
             return make_layout(self.config, scheme, vocab_emb_dp=vocab_emb_dp)
+        if isinstance(self.source, CompressedSource):
+            return _compressed_layout(self.config, self.source, scheme, vocab_emb_dp)
         layout = self._make_layout(scheme, vocab_emb_dp)
         check_source(layout.table, self.source.tensors, str(self.path))
         return layout
@@ -91,12 +107,12 @@ def open_checkpoint(
     """
     check_directory(path, key)
     values = read_config(path, overrides)
-    config = ModelConfig.from_hf(values, str(path / "config.json"))
+    config = _model_config(values, path)
     generation = _optional_json(path / "generation_config.json")
     return Checkpoint(
         path=path,
         config=config,
-        source=PreparedSource(path) if is_prepared(path) else HuggingFaceSource(path),
+        source=_open_source(path, config, values),
         eos_token_ids=_eos_ids(config, generation, path),
         unused_sampling=_unused_sampling(generation),
     )
@@ -124,15 +140,52 @@ def describe_layout(
     path: Path, scheme: QuantScheme, overrides: Mapping[str, Any], *, vocab_emb_dp: bool
 ) -> Layout:
     """The layout of a directory from its config.json and, where there is one, its index alone."""
-    config = ModelConfig.from_hf(read_config(path, overrides), str(path / "config.json"))
+    values = read_config(path, overrides)
+    config = _model_config(values, path)
     if is_prepared(path):
         return _prepared_layout(config, PreparedSource(path), scheme, vocab_emb_dp)
+    linears: Mapping[str, CompressedLinear | None] = {}
+    if is_compressed(values):
+        linears = _compressed_linears(path, config, values)
+        scheme = _only_scheme(path, to_scheme(linears), scheme)
     layout = make_layout(config, scheme, vocab_emb_dp=vocab_emb_dp)
     for name in (INDEX_NAME, BIN_INDEX_NAME):
         if (path / name).exists():
-            check_names(layout.table, read_index(path / name), str(path / name))
+            expected = _file_names(layout, linears)
+            check_names(expected, read_index(path / name), str(path / name))
             break
     return layout
+
+
+def _model_config(values: dict[str, Any], path: Path) -> ModelConfig:
+    """What is said of quantization is for another to read, unless nobody does."""
+    own = values if is_prepared(path) else without_quantization(values)
+    return ModelConfig.from_hf(own, str(path / "config.json"))
+
+
+def _open_source(path: Path, config: ModelConfig, values: dict[str, Any]) -> Source:
+    if is_prepared(path):
+        return PreparedSource(path)
+    if not is_compressed(values):
+        return HuggingFaceSource(path)
+    linears = _compressed_linears(path, config, values)
+    rows = placement_table(config, own_head=True).values()
+    return CompressedSource(path, linears, {row.module: row.shape for row in rows if row.is_linear})
+
+
+def _compressed_linears(
+    path: Path, config: ModelConfig, values: dict[str, Any]
+) -> dict[str, CompressedLinear | None]:
+    return read_quantization(values, linear_modules(config), str(path / "config.json"))
+
+
+def _file_names(layout: Layout, linears: Mapping[str, CompressedLinear | None]) -> set[str]:
+    """What an index must list."""
+    names: set[str] = set()
+    for row in layout.table.values():
+        linear = linears.get(row.module) if row.is_linear else None
+        names |= set(part_names(row.name, linear)) if linear else {row.twin or row.name}
+    return names
 
 
 # Sampling keys of generation_config.json and the values that change nothing.
@@ -166,7 +219,7 @@ def _prepared_layout(
             f"{source.path} was prepared as {source.scheme.label}; leave `quant` out, or prepare "
             f"it from its source with the scheme that you want ({scheme.label})."
         )
-    dtype_of = _prepared_dtype(source)
+    dtype_of = _stored_dtype(source)
     stored = make_layout(config, source.scheme, vocab_emb_dp=source.vocab_emb_dp, dtype_of=dtype_of)
     check_calibrated(stored, source.tensors, str(source.path))
     _check_prepared(stored, source)
@@ -192,7 +245,30 @@ def _check_prepared(layout: Layout, source: PreparedSource) -> None:
             )
 
 
-def _prepared_dtype(source: PreparedSource) -> Callable[[Row], str]:
+def _only_scheme(path: Path, own: QuantScheme, asked: QuantScheme) -> QuantScheme:
+    """That of a compressed-tensors directory, of which there is no other."""
+    if asked.quant_method is not None and asked != own:
+        raise CheckpointError(
+            f"{path} is quantized already, as {own.label} by its config.json, and `quant` asks for "
+            f"{asked.label}{' in other words' if asked.label == own.label else ''}; leave `quant` "
+            "out, or give the unquantized checkpoint."
+        )
+    return own
+
+
+def _compressed_layout(
+    config: ModelConfig, source: CompressedSource, scheme: QuantScheme, vocab_emb_dp: bool
+) -> Layout:
+    own = _only_scheme(source.path, source.scheme, scheme)
+    dtype_of = _stored_dtype(source)
+    layout = make_layout(config, own, vocab_emb_dp=vocab_emb_dp, dtype_of=dtype_of)
+    floats = {name: row for name, row in layout.table.items() if name not in layout.schemes}
+    plain = {name: at for name, at in source.tensors.items() if name not in source.quantized}
+    check_source(floats, plain, str(source.path))
+    return layout
+
+
+def _stored_dtype(source: Source) -> Callable[[Row], str]:
     def dtype_of(row: Row) -> str:
         info = source.tensors.get(row.name + SCALE_SUFFIX) or source.tensors.get(row.name)
         return info.dtype if info else "missing"

@@ -14,10 +14,12 @@ if TYPE_CHECKING:
 
 DTYPE_NAMES: Mapping[str, str] = {
     "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8", "U8": "uint8",
+    "I32": "int32", "I64": "int64",
 }  # fmt: skip
 DTYPE_BYTES: Mapping[str, int] = {
-    "float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1,
+    "float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1, "int32": 4, "int64": 8,
 }  # fmt: skip
+FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)

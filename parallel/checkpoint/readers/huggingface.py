@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,16 @@ class HuggingFaceSource:
 
     def read(self, name: str, index: Index) -> Tensor:
         return self._files[self.tensors[name].file].read(name, index)
+
+    def numbers(self, names: Iterable[str]) -> dict[str, Any]:
+        """Tensors of a few integers, as Python's, read without torch."""
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.tensors[name].file, []).append(name)
+        found: dict[str, Any] = {}
+        for file, held in by_file.items():
+            found |= self._files[file].numbers(held)
+        return found
 
     def identity(self) -> dict[str, Any]:
         return {"files": {name: file.identity() for name, file in sorted(self._files.items())}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,11 @@ class SafetensorsFile:
         if self._mapped is None:
             self._mapped = _open(self.path, "pt")
         return self._mapped.get_tensor(name)[index].contiguous()
+
+    def numbers(self, names: Iterable[str]) -> dict[str, Any]:
+        """Tensors of a few integers, as Python's, read without torch."""
+        with _open(self.path, "numpy") as file:
+            return {name: file.get_tensor(name).tolist() for name in names}
 
     def identity(self) -> dict[str, Any]:
         """Size and header hash; a file with the same header may still hold other data."""

@@ -1,0 +1,93 @@
+"""export: a prepared checkpoint -> one Hugging Face checkpoint, compressed-tensors where quantized."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from launcher.environment.worker import WorkerEnvironment
+from launcher.failures import ConfigError
+from launcher.schema import Config
+from parallel.checkpoint.layout import Layout
+from parallel.checkpoint.open import Checkpoint, open_checkpoint
+from quant.scheme import QuantScheme
+
+# Each works on a tensor of its own: memory is bounded by so many of them, not by the cores.
+_MOST_THREADS = 8
+
+
+def run(config: Config, _environment: WorkerEnvironment) -> None:
+    """Write one checkpoint of all ranks' shards from this one process.
+
+    Raises:
+        ConfigError: no prepared checkpoint or no output is named, or `output` exists.
+        CheckpointError: compressed-tensors has no place for the scheme.
+    """
+    output = _check(config)
+    checkpoint = _open_prepared(config)
+    layout = checkpoint.layout(QuantScheme())
+    import torch  # here, so that a refusal need not wait for it
+
+    num_threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+    # One tensor a thread: torch's own threads would only get in each other's way.
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    num_bytes = _write(config, checkpoint, layout, output, num_threads)
+    seconds = time.perf_counter() - started
+    print(
+        f"{output}: {layout.scheme.label}, {num_bytes / 1e9:.3g} GB of "
+        f"{checkpoint.prepared_size} ranks' shards in {seconds:.1f} s"
+    )
+
+
+def _check(config: Config) -> Path:
+    if config.output is None:
+        raise ConfigError("export needs `output`; write output=DIRECTORY.")
+    if config.dtype != "auto":
+        raise ConfigError(
+            f"`dtype` must be auto for export, which keeps the checkpoint's dtype, but is "
+            f"{config.dtype}; leave it out."
+        )
+    output = Path(config.output).absolute()
+    if os.path.lexists(output):
+        raise ConfigError(f"`output` {output} exists already; choose another or remove it.")
+    return output
+
+
+def _open_prepared(config: Config) -> Checkpoint:
+    if config.checkpoint is None:
+        raise ConfigError(
+            "export needs `checkpoint`; write checkpoint=DIRECTORY of a prepared one."
+        )
+    path = Path(config.checkpoint).absolute()
+    checkpoint = open_checkpoint(path)
+    if checkpoint.prepared_size is None:
+        raise ConfigError(
+            f"`checkpoint` must be one that prepare wrote, but {path} is none; prepare it first, "
+            "with the `quant` that you want."
+        )
+    return checkpoint
+
+
+def _write(
+    config: Config, checkpoint: Checkpoint, layout: Layout, output: Path, num_threads: int
+) -> int:
+    from tqdm import tqdm
+
+    from parallel.checkpoint.export import export_bytes, write_export
+
+    total = export_bytes(layout)
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc="export", disable=not sys.stderr.isatty()
+    ) as bar:
+        write_export(
+            layout,
+            checkpoint.source,
+            output,
+            max_shard_bytes=config.export.max_shard_bytes,
+            num_threads=num_threads,
+            on_bytes=bar.update,
+        )
+    return total

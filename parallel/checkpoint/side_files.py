@@ -1,0 +1,32 @@
+"""The files beside the weights: config.json, the tokenizer, what generation starts from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from parallel.checkpoint.json_file import read_json_object
+from parallel.checkpoint.regular_file import check_regular
+
+COPIED_FILES = (
+    "config.json", "generation_config.json", "tokenizer.model", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+
+
+def copy_files(
+    source: Path, directory: Path, edit: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    """Copy what there is of them, byte for byte but for what `edit` changes in config.json."""
+    for name in COPIED_FILES:
+        if (source / name).exists():
+            check_regular(source / name)
+            shutil.copyfile(source / name, directory / name)
+    config = read_json_object(source / "config.json")
+    if (edited := edit(config)) != config:
+        text = json.dumps(edited, indent=2, ensure_ascii=False)
+        (directory / "config.json").write_text(text + "\n", encoding="utf-8")
