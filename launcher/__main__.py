@@ -100,7 +100,8 @@ def _start_ranks(config: Config, environment: WorkerEnvironment, timeline: Timel
     # Only now: a refusal must not wait for processes that it never needed.
     preload_torch()
     timeline.mark("configuration")
-    return run_workers(RunDir.create(job), job.tp, timeline)
+    with _orderly_end():  # until the ranks' own handlers are there
+        return run_workers(RunDir.create(job), job.tp, timeline)
 
 
 def _be_rank(config: Config, environment: WorkerEnvironment, timeline: Timeline) -> int:

@@ -200,7 +200,7 @@ DAMAGED = [
          (*GENERATE, "quant.modules_to_not_convert=[w2]"), ("modules_to_not_convert", "no effect")),
     case("static cache that nobody calibrated",
          (*GENERATE, "quant=rtn_c8", "quant.kvcache_quant_granularity=per_channel"),
-         ("'per_channel'", "needs calibration", "layers.0.self_attn.k_scale", "per_token")),
+         ("c8 static", "needs calibration", "shardrun prepare")),
     case("pattern beside a quantized cache alone",
          (*GENERATE, "quant=rtn_c8", "quant.modules_to_not_convert=[w2]"),
          ("modules_to_not_convert", "no effect")),

