@@ -15,6 +15,18 @@ torch.set_num_threads(1)
 # Real data beside the project; absent for its users, and nothing but tests looks for it.
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
+# Files that take longest, begun first: the others fill the gaps at the end.
+LONG_FILES = (
+    "test_rendezvous", "test_command", "test_calibration", "test_prepared", "test_calibrated_prepare",
+    "test_parity", "test_eval", "test_plan", "test_shared_memory", "test_int4_ranks", "test_kv_ranks",
+    "test_bench", "test_export", "test_captured",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
