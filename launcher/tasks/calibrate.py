@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from functools import partial
@@ -13,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from launcher.failures import RunError
+from launcher.output import num_writers
 from launcher.progress import open_bar
 from launcher.ranks.rank import Rank
 from launcher.resolve import model_overrides
@@ -25,9 +25,6 @@ from parallel.checkpoint.layout import Layout
 from parallel.checkpoint.open import Checkpoint, open_checkpoint
 from parallel.checkpoint.readers.calibrated import CalibratedSource
 from parallel.checkpoint.store import source_bytes, write_prepared
-
-# Each works on a tensor of its own: memory is bounded by so many of them.
-_MOST_THREADS = 8
 
 
 def run_rank(rank: Rank) -> None:
@@ -116,7 +113,7 @@ def _write(rank: Rank, source: CalibratedSource, layout: Layout, output: Path) -
             rank.job.tp,
             output,
             overrides=model_overrides(rank.job.config),
-            num_threads=min(_MOST_THREADS, len(os.sched_getaffinity(0))),
+            num_threads=num_writers(),
             on_bytes=bar.update,
         )
 

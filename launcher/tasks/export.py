@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
 
 from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import ConfigError
+from launcher.output import new_directory, num_writers
 from launcher.schema import Config
 from parallel.checkpoint.layout import Layout
 from parallel.checkpoint.open import Checkpoint, open_checkpoint
 from quant.scheme import QuantScheme
-
-# Each works on a tensor of its own: memory is bounded by so many of them, not by the cores.
-_MOST_THREADS = 8
 
 
 def run(config: Config, _environment: WorkerEnvironment) -> None:
@@ -25,12 +22,12 @@ def run(config: Config, _environment: WorkerEnvironment) -> None:
         ConfigError: no prepared checkpoint or no output is named, or `output` exists.
         CheckpointError: compressed-tensors has no place for the scheme.
     """
-    output = _check(config)
+    output = new_directory(config)
     checkpoint = _open_prepared(config)
     layout = checkpoint.layout(QuantScheme())
     import torch  # here, so that a refusal need not wait for it
 
-    num_threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+    num_threads = num_writers()
     # One tensor a thread: torch's own threads would only get in each other's way.
     torch.set_num_threads(1)
     started = time.perf_counter()
@@ -40,20 +37,6 @@ def run(config: Config, _environment: WorkerEnvironment) -> None:
         f"{output}: {layout.scheme.label}, {num_bytes / 1e9:.3g} GB of "
         f"{checkpoint.prepared_size} ranks' shards in {seconds:.1f} s"
     )
-
-
-def _check(config: Config) -> Path:
-    if config.output is None:
-        raise ConfigError("export needs `output`; write output=DIRECTORY.")
-    if config.dtype != "auto":
-        raise ConfigError(
-            f"`dtype` must be auto for export, which keeps the checkpoint's dtype, but is "
-            f"{config.dtype}; leave it out."
-        )
-    output = Path(config.output).absolute()
-    if os.path.lexists(output):
-        raise ConfigError(f"`output` {output} exists already; choose another or remove it.")
-    return output
 
 
 def _open_prepared(config: Config) -> Checkpoint:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
 
 from launcher.environment.worker import WorkerEnvironment
+from launcher.output import num_writers
 from launcher.resolve import Resolved, model_overrides, resolve
 from launcher.schema import Config
 from launcher.tasks.prepare_job import check_prepare
-
-# Each works on a tensor of its own: memory is bounded by so many of them, not by the cores.
-_MOST_THREADS = 8
 
 
 def run(config: Config, environment: WorkerEnvironment) -> None:
@@ -28,7 +25,7 @@ def run(config: Config, environment: WorkerEnvironment) -> None:
         print(f"shardrun: {note}", file=sys.stderr)
     import torch  # here, so that a refusal need not wait for it
 
-    num_threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+    num_threads = num_writers()
     # One tensor a thread: torch's own threads would only get in each other's way.
     torch.set_num_threads(1)
     started = time.perf_counter()

@@ -5,7 +5,6 @@ Needs no torch.
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from launcher.calibration_texts import CalibrationTexts, read_texts
 from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import ConfigError
 from launcher.job import Job
+from launcher.output import new_directory
 from launcher.questions import DEMO_TEMPLATE, TEMPLATE
 from launcher.resolve import DEMO, Resolved, check_gpus, resolve
 from launcher.schema import CalibrationSection, Config, ParallelSection
@@ -38,16 +38,7 @@ def check_prepare(config: Config) -> Path:
     Raises:
         ConfigError: no output is named, it exists, or a key would have no effect.
     """
-    if config.output is None:
-        raise ConfigError("prepare needs `output`; write output=DIRECTORY.")
-    if config.dtype != "auto":
-        raise ConfigError(
-            f"`dtype` must be auto for prepare, which keeps the checkpoint's dtype, but is "
-            f"{config.dtype}; give dtype to generate."
-        )
-    output = Path(config.output).absolute()
-    if os.path.lexists(output):
-        raise ConfigError(f"`output` {output} exists already; choose another or remove it.")
+    output = new_directory(config)
     if not calibrates(config):
         _check_unused(config.calibration)
     return output

@@ -1,0 +1,37 @@
+"""The directory that `prepare` and `export` write."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from launcher.failures import ConfigError
+from launcher.schema import Config
+
+# Each works on a tensor of its own: memory is bounded by so many of them, not by the cores.
+_MOST_THREADS = 8
+
+
+def new_directory(config: Config) -> Path:
+    """The path of `output`, in which nothing stands yet.
+
+    Raises:
+        ConfigError: no output is named, it exists, or another dtype than the checkpoint's is asked for.
+    """
+    task = config.task.name
+    if config.output is None:
+        raise ConfigError(f"{task} needs `output`; write output=DIRECTORY.")
+    if config.dtype != "auto":
+        raise ConfigError(
+            f"`dtype` must be auto for {task}, which keeps the checkpoint's dtype, but is "
+            f"{config.dtype}; give dtype to generate."
+        )
+    output = Path(config.output).absolute()
+    if os.path.lexists(output):
+        raise ConfigError(f"`output` {output} exists already; choose another or remove it.")
+    return output
+
+
+def num_writers() -> int:
+    """How many tensors are worked on at a time."""
+    return min(_MOST_THREADS, len(os.sched_getaffinity(0)))
