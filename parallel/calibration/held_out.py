@@ -21,6 +21,7 @@ from parallel.checkpoint.layout import Layout
 from parallel.checkpoint.shard import read_weight
 from parallel.checkpoint.source import Source
 from parallel.generation.loss import Loss
+from parallel.generation.score import log_probs
 from parallel.group import Group
 from parallel.model.placements import EMBEDDING, HEAD
 from quant.methods.layer import Layer
@@ -126,11 +127,10 @@ def _head(layout: Layout, source: Source, *, is_rounded: bool) -> Tensor:
 
 def _nll(x_TD: Tensor, head_VD: Tensor, token_ids: Sequence[int]) -> float:
     """Minus the log-probability of every token but the first."""
-    targets_T = torch.tensor(list(token_ids[1:]))
+    targets = token_ids[1:]
     total = 0.0
-    for start in range(0, len(targets_T), _CHUNK_TOKENS):
-        chunk = slice(start, min(start + _CHUNK_TOKENS, len(targets_T)))
+    for start in range(0, len(targets), _CHUNK_TOKENS):
+        chunk = slice(start, min(start + _CHUNK_TOKENS, len(targets)))
         logits_TV = x_TD[chunk].float() @ head_VD.float().T
-        log_probs_TV = logits_TV.double().log_softmax(dim=-1)
-        total -= float(log_probs_TV.gather(1, targets_T[chunk, None]).sum())
+        total -= float(log_probs(logits_TV, targets[chunk]).sum())
     return total
