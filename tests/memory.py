@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -9,6 +12,24 @@ from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
+
+
+def peak_kib(script: str, folder: Path, layers: int) -> int:
+    """What a script prints last, in a process of its own, of a model of so many layers.
+
+    Args:
+        script: takes a directory of its own, which is made in `folder`, and the number of layers.
+    """
+    own = folder / str(layers)
+    own.mkdir()
+    environment = {**os.environ, "MALLOC_ARENA_MAX": "2"}
+    command = [sys.executable, "-c", script, str(own), str(layers)]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        command, env=environment, cwd=root, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split()[-1])
 
 
 def anonymous_bytes() -> int:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +21,7 @@ from parallel.checkpoint.open import describe_layout, open_checkpoint
 from parallel.errors import CheckpointError
 from quant.scheme import QuantScheme
 from tests.checkpoints import write_checkpoint
+from tests.memory import peak_kib
 from tests.models import RTN, generate
 from tests.test_prepared import checksums, merged, prepare
 
@@ -242,19 +241,7 @@ _, peak, _ = watch_memory(lambda: export(root / "tp2", root / "out"))
 print(peak >> 10)
 """
 
-    def peak_kib(layers: int) -> int:
-        folder = tmp_path / str(layers)
-        folder.mkdir()
-        environment = {**os.environ, "MALLOC_ARENA_MAX": "2"}
-        command = [sys.executable, "-c", script, str(folder), str(layers)]
-        root = Path(__file__).parents[1]
-        done = subprocess.run(
-            command, env=environment, cwd=root, capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0, done.stderr
-        return int(done.stdout.split()[-1])
-
-    small, large = peak_kib(2), peak_kib(12)
+    small, large = (peak_kib(script, tmp_path, layers) for layers in (2, 12))
     # 10 more layers are 113 MB of int8. A tensor is 2.9 MB, joined from its shards and turned over,
     # two at a time; the small model may be done between two looks, so the bound is theirs alone.
     assert large < small + 30_000

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +19,7 @@ from parallel.errors import CheckpointError
 from quant.numeric import Grid, quantize
 from quant.scheme import QuantScheme
 from tests.checkpoints import write_checkpoint
+from tests.memory import peak_kib
 from tests.models import RTN, generate
 
 
@@ -171,19 +170,7 @@ _, peak, _ = watch_memory(lambda: prepare(root / "source", root / "out", 2))
 print(peak >> 10)
 """
 
-    def peak_kib(layers: int) -> int:
-        folder = tmp_path / str(layers)
-        folder.mkdir()
-        environment = {**os.environ, "MALLOC_ARENA_MAX": "2"}
-        command = [sys.executable, "-c", script, str(folder), str(layers)]
-        root = Path(__file__).parents[1]
-        done = subprocess.run(
-            command, env=environment, cwd=root, capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0, done.stderr
-        return int(done.stdout.split()[-1])
-
-    small, large = peak_kib(2), peak_kib(12)
+    small, large = (peak_kib(script, tmp_path, layers) for layers in (2, 12))
     # 10 more layers are 226 MB of bfloat16. A tensor is 5.8 MB and its float32 rows 16 MB a thread;
     # the small model may be done between two looks, so the bound is that of a few tensors alone.
     assert large < small + 100_000
