@@ -8,7 +8,7 @@ import torch
 from quant import attention
 from quant.attention import decode_attention
 from quant.kernels.native import step as native
-from quant.kernels.native.library import is_available
+from quant.kernels.native.calls import is_available
 
 # (sequences, kv heads, query heads of each, head_dim, positions): one piece and several, one group
 # and many, lengths that end inside a piece.

@@ -18,7 +18,7 @@ from parallel.group import LoneGroup, SimulatedGroup, ThreadGroup
 from parallel.model import captured
 from quant.elementwise import silu_product
 from quant.kernels.native import NativeKernel
-from quant.kernels.native.library import is_available
+from quant.kernels.native.calls import is_available
 from quant.kernels.native.recording import Recording
 from quant.kernels.reference import ReferenceKernel
 from quant.scheme import QuantScheme

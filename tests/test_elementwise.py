@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from quant import elementwise
 from quant.elementwise import rms_norm, rotate, silu_product
-from quant.kernels.native.library import is_available
+from quant.kernels.native.calls import is_available
 
 DTYPES = [torch.float32, torch.bfloat16]
 

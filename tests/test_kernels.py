@@ -22,13 +22,13 @@ from quant.activations import (
 from quant.errors import QuantError
 from quant.kernels import choice, native
 from quant.kernels.choice import is_exact, open_kernel, problem
-from quant.kernels.native import library, step
+from quant.kernels.native import calls, step
 from quant.kernels.onednn import OneDnnKernel, digit_radix, digits
 from quant.kernels.reference import ReferenceKernel
 from quant.linear import linear
 from quant.weight import QuantizedWeight, fuse
 
-SETS = list(library.instruction_sets()) if library.is_available() else []
+SETS = list(calls.instruction_sets()) if calls.is_available() else []
 # (rows, out_features, in_features): odd sizes, one row, several panels, several chunks of columns.
 SHAPES = [(1, 64, 64), (3, 70, 129), (8, 33, 1026), (100, 96, 600), (2, 31, 13824), (5, 3, 1)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

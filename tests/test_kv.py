@@ -9,7 +9,7 @@ from parallel.generation.cache import KVCache
 from quant import attention
 from quant.attention import int8_decode_attention, write_int8_slots
 from quant.kernels.native import step as native
-from quant.kernels.native.library import instruction_sets, is_available
+from quant.kernels.native.calls import instruction_sets, is_available
 from quant.kv import NOT_FINITE, Int8Store, dequantize, quantize_channels, quantize_tokens
 from tests.test_attention import SHAPES, case, exact
 

@@ -24,7 +24,7 @@ from parallel.group import LoneGroup
 from parallel.model import captured
 from parallel.model.placements import KV_SCALES
 from quant.errors import QuantError
-from quant.kernels.native.library import is_available
+from quant.kernels.native.calls import is_available
 from quant.scheme import QuantScheme
 from tests.checkpoints import CONFIG, random_weights, write_checkpoint, write_weights
 from tests.models import generate, load, logits, run_ranks

@@ -9,7 +9,7 @@ import torch
 
 from quant.activations import row_amax
 from quant.kernels import has_product, make_ready
-from quant.kernels.native import NativeKernel, library
+from quant.kernels.native import NativeKernel, calls
 from quant.kernels.native.int4 import GroupedNativeWeight
 from quant.kernels.onednn import OneDnnKernel
 from quant.kernels.reference import ReferenceKernel
@@ -17,7 +17,7 @@ from quant.linear import linear
 from quant.numeric import Grid
 from quant.weight import QuantizedWeight
 
-SETS = list(library.instruction_sets()) if library.is_available() else []
+SETS = list(calls.instruction_sets()) if calls.is_available() else []
 pytestmark = pytest.mark.skipif(not SETS, reason="no C compiler at installation")
 GRIDS = [Grid(4), Grid(4, 32), Grid(4, 64), Grid(4, 128), Grid(8, 32), Grid(8, 128)]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]

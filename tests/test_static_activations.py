@@ -26,7 +26,7 @@ from parallel.layers import RowParallelLinear
 from quant.activations import MOST_INT32_COLUMNS, quantize_static
 from quant.errors import QuantError
 from quant.kernels.choice import problem
-from quant.kernels.native import NativeKernel, library
+from quant.kernels.native import NativeKernel, calls
 from quant.kernels.onednn import OneDnnKernel
 from quant.kernels.reference import ReferenceKernel
 from quant.linear import linear
@@ -38,7 +38,7 @@ from tests.checkpoints import CONFIG, write_checkpoint
 from tests.models import generate, load, logits
 from tests.test_prepared import checksums, merged
 
-SETS = list(library.instruction_sets()) if library.is_available() else []
+SETS = list(calls.instruction_sets()) if calls.is_available() else []
 KERNELS = [ReferenceKernel(), *(NativeKernel(name) for name in SETS)]
 NAMES = ["reference", *SETS]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

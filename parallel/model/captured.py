@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from parallel.generation.cache import KVCache
-from quant.kernels.native.library import is_available, open_library
+from quant.kernels.native.calls import is_available, open_library
 from quant.kernels.native.recording import Program, Recording
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quant.kernels.native import step as native
-from quant.kernels.native.library import is_available
+from quant.kernels.native.calls import is_available
 from quant.kernels.reference import linear_wide
 
 # Up to so many rows the C product reads bfloat16 weights as fast as memory gives them; from there

@@ -8,9 +8,9 @@ path is absent and the others do the work.
 
 from __future__ import annotations
 
+from quant.kernels.native.calls import instruction_sets
 from quant.kernels.native.int4 import GroupedNativeWeight
 from quant.kernels.native.int8 import Int8NativeWeight
-from quant.kernels.native.library import instruction_sets
 from quant.weight import PackedWeight, QuantizedWeight
 
 

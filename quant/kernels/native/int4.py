@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quant.activations import num_levels
-from quant.kernels.native.library import TYPES, call, open_library
+from quant.kernels.native.calls import TYPES, call, open_library
 from quant.kernels.native.weight import (
     BLOCK,
     NativeWeight,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.kernels.native.library import TYPES, call, is_available, widest
+from quant.kernels.native.calls import TYPES, call, is_available, widest
 from quant.kv import Int8Store
 
 MAX_CHANNELS, MAX_GROUP = 256, 16  # as in attention.c

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quant.activations import LEVELS_INT8, num_levels
-from quant.kernels.native.library import TYPES, call
+from quant.kernels.native.calls import TYPES, call
 from quant.weight import PackedWeight, split_static
 
 BLOCK = 32  # as in epilogue.h
