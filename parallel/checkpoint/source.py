@@ -31,6 +31,25 @@ class TensorInfo:
     file: str
 
 
+class TensorFile(Protocol):
+    """One file of tensors, whatever its format: checked when it is opened, read on demand."""
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+
+    def read(self, name: str, index: Index) -> Tensor:
+        """A slice of a tensor, contiguous, in its stored dtype; a view of the file where it can be."""
+        ...
+
+    def prefetch(self, name: str, index: Index) -> None:
+        """Ask the kernel to begin reading a slice; returns at once."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What tells the file from another: its size, and a hash of its header or index."""
+        ...
+
+
 class Source(Protocol):
     """A checkpoint whose names, shapes and dtypes are known before any data is read."""
 

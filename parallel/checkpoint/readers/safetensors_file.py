@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from parallel.checkpoint.mapped_file import MappedFile, rows_stretch
 from parallel.checkpoint.regular_file import check_regular, reason
 from parallel.checkpoint.source import DTYPE_NAMES, TensorInfo
 from parallel.errors import CheckpointError
@@ -31,14 +34,18 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metadata: dict[str, str] = {}
-        self.tensors = self._read_infos()
-        self._mapped: Any = None
+        self.tensors: Mapping[str, TensorInfo] = self._read_infos()
+        self._mapped = MappedFile(path)
 
     def read(self, name: str, index: Index) -> Tensor:
         """A slice of a tensor; a view of the mapped file where it is contiguous."""
-        if self._mapped is None:
-            self._mapped = _open(self.path, "pt")
-        return self._mapped.get_tensor(name)[index].contiguous()
+        info = self.tensors[name]
+        offset = self._offsets[name]
+        return self._mapped.tensor(offset, info.shape, info.dtype)[index].contiguous()
+
+    def prefetch(self, name: str, index: Index) -> None:
+        """Whole rows are asked for, as a slice of columns touches the pages of nearly all."""
+        self._mapped.prefetch(*rows_stretch(self.tensors[name], self._offsets[name], index))
 
     def numbers(self, names: Iterable[str]) -> dict[str, Any]:
         """Tensors of a few integers, as Python's, read without torch."""
@@ -47,13 +54,23 @@ class SafetensorsFile:
 
     def identity(self) -> dict[str, Any]:
         """Size and header hash; a file with the same header may still hold other data."""
+        return {
+            "size": self._mapped.size,
+            "header_sha256": hashlib.sha256(self._read_header()).hexdigest(),
+        }
+
+    @cached_property
+    def _offsets(self) -> dict[str, int]:
+        """Where each tensor begins in the file; the library has checked that they lie inside."""
+        header = self._read_header()
+        entries = json.loads(header[8:])
+        return {name: len(header) + entries[name]["data_offsets"][0] for name in self.tensors}
+
+    def _read_header(self) -> bytes:
+        """With the eight bytes of its length."""
         with self.path.open("rb") as file:
             length = file.read(8)
-            header = file.read(int.from_bytes(length, "little"))
-        return {
-            "size": self.path.stat().st_size,
-            "header_sha256": hashlib.sha256(length + header).hexdigest(),
-        }
+            return length + file.read(int.from_bytes(length, "little"))
 
     def _read_infos(self) -> dict[str, TensorInfo]:
         # The "numpy" framework is never asked for data: it only spares the import of torch.
