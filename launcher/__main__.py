@@ -60,7 +60,7 @@ def _run_task(config: Config, environment: WorkerEnvironment, timeline: Timeline
         from launcher.ranks.scheduler import host_until_done
 
         return host_until_done(environment, config.parallel.start_timeout_s)
-    if not has_ranks(config):
+    if not has_ranks(config, environment):
         # Several processes were started for a task that has one part: the first does it.
         if environment.rank in (None, 0):
             with _orderly_end():

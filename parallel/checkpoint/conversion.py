@@ -28,6 +28,7 @@ from parallel.placement import Index, index_shape
 
 # Of the source, at a time: large enough for the disk, small enough for the caches.
 BLOCK_BYTES = 4 << 20
+_FLUSH_EVERY_S = 0.2
 # A run of rows, [start, stop).
 Run = tuple[int, int]
 
@@ -72,13 +73,22 @@ class Conversion:
     def run(self, jobs: Iterable[str], num_threads: int, on_bytes: Callable[[int], object]) -> None:
         """Convert source tensors, by their names; an error or a signal ends all threads soon."""
         rows = rows_by_source(self._layout, self._source)
-        pool = ThreadPoolExecutor(num_threads)
+        # One more, which flushes.
+        pool = ThreadPoolExecutor(num_threads + 1)
+        flushing = pool.submit(self._flush)
         try:
             for name in pool.map(lambda name: self._convert(name, rows[name]), jobs):
                 on_bytes(num_bytes(self._source, name))
         finally:
             self._is_stopped.set()
             pool.shutdown(cancel_futures=True)
+        flushing.result()
+
+    def _flush(self) -> None:
+        """Keep the disk writing meanwhile: what waits until the end is written while nobody computes."""
+        while not self._is_stopped.wait(_FLUSH_EVERY_S):
+            for shard in self._shards:
+                shard.flush()
 
     def _convert(self, name: str, rows: Sequence[Row]) -> str:
         if self._is_intact(self._journal.records.get(name)):
