@@ -23,7 +23,12 @@ from parallel.checkpoint.layout import (
     make_layout,
 )
 from parallel.checkpoint.readers.compressed import CompressedSource, part_names
-from parallel.checkpoint.readers.huggingface import INDEX_NAME, HuggingFaceSource, read_index
+from parallel.checkpoint.readers.huggingface import (
+    BIN_INDEX_NAME,
+    INDEX_NAME,
+    HuggingFaceSource,
+    read_index,
+)
 from parallel.checkpoint.readers.prepared import MANIFEST, PreparedSource, is_prepared
 from parallel.checkpoint.readers.random import RandomSource
 from parallel.checkpoint.regular_file import check_directory
@@ -32,8 +37,6 @@ from parallel.errors import CheckpointError
 from parallel.model.config import ModelConfig, override_config, token_ids
 from parallel.model.placements import Row, linear_modules, placement_table
 from quant.scheme import QuantScheme
-
-BIN_INDEX_NAME = "pytorch_model.bin.index.json"
 
 
 @dataclass(frozen=True)
