@@ -110,6 +110,12 @@ class HuggingFaceSource:
                 )
 
 
+def has_weights(path: Path) -> bool:
+    """Whether a directory has files that HuggingFaceSource would read."""
+    named = any((path / name).exists() for name in (INDEX_NAME, BIN_NAME, BIN_INDEX_NAME))
+    return named or any(path.glob("*" + _SAFETENSORS))
+
+
 def open_file(path: Path) -> SafetensorsFile | TorchFile:
     """The reader of a file, by the ending of its name."""
     return SafetensorsFile(path) if path.suffix == _SAFETENSORS else TorchFile(path)

@@ -212,8 +212,9 @@ class _Machine:
 
     def refusal(self, what: str) -> CheckpointError:
         return CheckpointError(
-            f"{self.path}: its pickle holds {what}, which is no part of a state dict of tensors; nothing "
-            "of it was run; ask for the checkpoint as safetensors, or save its state dict alone."
+            f"{self.path}: its pickle holds {what}, which is no part of a state dict of "
+            "tensors; nothing of it was run; ask for the checkpoint as safetensors, or save its state "
+            "dict alone."
         )
 
     def damage(self, what: str) -> CheckpointError:
