@@ -141,7 +141,12 @@ class _Machine:
         return value
 
     def pop_many(self, count: int) -> tuple[Any, ...]:
-        return tuple(reversed([self.pop() for _ in range(count)]))
+        at = len(self.stack) - count
+        if at < (self.marks[-1] if self.marks else 0):
+            raise self.damage("it takes more than it gave")
+        values = tuple(self.stack[at:])
+        del self.stack[at:]
+        return values
 
     def pop_mark(self) -> list[Any]:
         if not self.marks:
@@ -175,6 +180,8 @@ class _Machine:
             # A key is hashed, and a tuple of tuples of itself would take for ever.
             if type(key) not in (str, int):
                 raise self.refusal(f"a dictionary whose key is a {type(key).__name__}")
+            if key in target:
+                raise self.damage(f"two values are called {_shown(str(key))}")
             target[key] = value
         self.stack.append(target)
 
