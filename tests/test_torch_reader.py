@@ -41,10 +41,13 @@ def read_all(path: Path) -> dict[str, torch.Tensor]:
 
 
 def refusal(path: Path) -> str:
+    """What is said of a file, without its path: pytest puts a test's name into that."""
     with pytest.raises(CheckpointError) as error:
         TorchFile(path)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+    message = str(error.value)
+    assert "\n" not in message
+    assert str(path) in message
+    return message.replace(str(path), "FILE")
 
 
 def saved(path: Path, value: object, **how) -> Path:
@@ -432,8 +435,8 @@ def test_no_file_of_torch_is_refused(tmp_path):
 
 
 # Offsets of fields in an entry of the directory, and in the end of the archive.
-FLAGS, PACKED, SIZE, OFFSET = 8, 20, 24, 42
-COUNT, DIRECTORY_SIZE, DIRECTORY_OFFSET, COMMENT = 10, 12, 16, 20
+FLAGS, METHOD, PACKED, SIZE, OFFSET = 8, 10, 20, 24, 42
+COUNTS, COUNT, DIRECTORY_SIZE, DIRECTORY_OFFSET, COMMENT = 8, 10, 12, 16, 20
 
 
 def patched(path: Path, at: int, kind: str, value: int) -> Path:
@@ -447,6 +450,7 @@ def patched(path: Path, at: int, kind: str, value: int) -> Path:
     ("field", "kind", "value", "says"),
     [
         (FLAGS, "<H", 1, "encrypted"),
+        (METHOD, "<H", 8, "compressed"),
         (SIZE, "<L", 1 << 30, "compressed"),
         (OFFSET, "<L", 1 << 30, "beyond the last"),
         (OFFSET, "<L", 3, "beyond the last"),
@@ -463,8 +467,8 @@ def test_damaged_directory_is_refused(tmp_path, field, kind, value, says):
 
 @pytest.mark.parametrize(
     ("field", "kind", "value"),
-    [(COUNT, "<H", 7), (DIRECTORY_SIZE, "<L", 1 << 31), (DIRECTORY_OFFSET, "<L", 1 << 31),
-     (DIRECTORY_OFFSET, "<L", 0), (COMMENT, "<H", 9)],
+    [(COUNT, "<H", 7), (COUNTS, "<L", 0x00070007), (DIRECTORY_SIZE, "<L", 1 << 31),
+     (DIRECTORY_OFFSET, "<L", 1 << 31), (DIRECTORY_OFFSET, "<L", 0), (COMMENT, "<H", 9)],
 )  # fmt: skip
 def test_damaged_end_is_refused(tmp_path, field, kind, value):
     path = archive(tmp_path / "a.bin", one_tensor(), **FOUR)

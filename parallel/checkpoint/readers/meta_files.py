@@ -8,7 +8,7 @@ dimension, Llama 3 along the vocabulary, which its shape tells.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,18 +122,17 @@ class ConsolidatedFiles:
     def _merge(self) -> Iterator[tuple[str, _Merged]]:
         first = self.files[0].tensors
         for file in self.files[1:]:
-            for name in sorted({*first, *file.tensors}):
+            for name in sorted({*_kept(first), *_kept(file.tensors)}):
                 self._check_part(name, file)
         if _NORM not in first or _EMBEDDING not in first:
             raise CheckpointError(
                 f"{self.files[0].path} has no {_NORM} or no {_EMBEDDING}, as every Llama of Meta has; "
                 "give Meta's own files."
             )
-        for name in first:
-            if not _DROPPED.fullmatch(name):
-                renamed, axis = self._known(name)
-                shapes = tuple(file.tensors[name].shape for file in self.files)
-                yield renamed, self._joined(_Merged(name, self._axis(name, axis, shapes), shapes))
+        for name in _kept(first):
+            renamed, axis = self._known(name)
+            shapes = tuple(file.tensors[name].shape for file in self.files)
+            yield renamed, self._joined(_Merged(name, self._axis(name, axis, shapes), shapes))
 
     def _check_part(self, name: str, file: TorchFile) -> None:
         first, found = self.files[0].tensors.get(name), file.tensors.get(name)
@@ -185,6 +184,10 @@ class ConsolidatedFiles:
                     f"{self.path}: {name} must be the same in every file, but {file.path.name} has "
                     f"other values than {self.files[0].path.name}; download the files of one model."
                 )
+
+
+def _kept(names: Iterable[str]) -> list[str]:
+    return [name for name in names if not _DROPPED.fullmatch(name)]
 
 
 def _numbered(path: Path) -> list[Path]:
