@@ -20,7 +20,7 @@ from quant.scheme import QuantScheme
 from tests.checkpoints import CONFIG, TOKENIZER_FILES, tensor_shapes, write_checkpoint
 from tests.models import RTN, generate, logits
 from tests.test_prepared import checksums, prepare
-from tests.test_torch_reader import check_slices
+from tests.test_torch_reader import check_slices, imports_torch_to_open
 
 # What the files of tests.checkpoints say, in Meta's words: int(8 * 64 / 3) is 170.
 SHAPE = {"num_key_value_heads": 4, "intermediate_size": 176}
@@ -166,6 +166,10 @@ def test_any_slice_is_read_also_inside_a_head_and_across_files(meta, plain):
             found = source.read(name, index)
             assert found.dtype == tensor.dtype
             assert torch.equal(found, tensor[index]), (name, index)
+
+
+def test_opening_needs_no_torch(plain, tmp_path):
+    assert not imports_torch_to_open(write_meta(tmp_path / "meta", plain, 2))
 
 
 def test_slice_of_whole_heads_touches_no_other_rows(plain, tmp_path):
@@ -349,7 +353,7 @@ def in_both(name: str, tensor: torch.Tensor):
         (remove(1), "asks for 176 rows of feed_forward.w1, but the 1 consolidated files add up to 88"),
         (without("norm.weight"), "no norm.weight"),
         (without(WQ), "lacks 1 tensors of the model, first model.layers.0.self_attn.q_proj.weight"),
-        (in_file(1, "extra", torch.ones(2)), "extra is missing in consolidated.00.pth"),
+        (in_file(1, "extra", torch.ones(2)), "'extra' is missing in consolidated.00.pth"),
         (in_both("layers.0.attention.wq.bias", torch.ones(2)), "'layers.0.attention.wq.bias'"),
         (in_both("layers.0.feed_forward.experts.weight", torch.ones(2)), "experts"),
         (in_both("layers.0.attention.wq.weight", torch.ones(2)), "no parts of one tensor"),

@@ -138,7 +138,7 @@ class ConsolidatedFiles:
         first, found = self.files[0].tensors.get(name), file.tensors.get(name)
         if first is None or found is None or first.dtype != found.dtype:
             raise CheckpointError(
-                f"{self.path}: {name} is {first.dtype if first else 'missing'} in "
+                f"{self.path}: {name[:200]!r} is {first.dtype if first else 'missing'} in "
                 f"{self.files[0].path.name} and {found.dtype if found else 'missing'} in "
                 f"{file.path.name}; download the files of one model."
             )
