@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from parallel.checkpoint.open import open_checkpoint
 from parallel.checkpoint.readers.huggingface import HuggingFaceSource
 from parallel.checkpoint.readers.torch_file import TorchFile
-from parallel.checkpoint.readers.torch_pickle import PickledStorage, PickledTensor, read_pickle
+from parallel.checkpoint.readers.torch_names import PickledStorage, PickledTensor
+from parallel.checkpoint.readers.torch_pickle import read_pickle
 from parallel.errors import CheckpointError
 from quant.scheme import QuantScheme
 from tests.checkpoints import write_checkpoint
@@ -288,7 +289,7 @@ STORAGE = b"(\x8c\x07storage" + TORCH + b"\x8c\x010\x8c\x03cpuK\x04tQ"
         (REBUILD + b"(" + STORAGE + b"K\x00J\xff\xff\xff\xff\x85K\x01\x85\x89}tR.", "at least 0"),
         (REBUILD + b"(" + STORAGE + b"K\x00K\x02\x85J\xff\xff\xff\xff\x85\x89}tR.", "at least 0"),
         (REBUILD + b"(" + STORAGE + b"K\x00\x88\x85K\x01\x85\x89}tR.", "at least 0"),
-        (REBUILD + b"(" + STORAGE + b"K\x00K\x01\x85)\x89}tR.", "1 dimensions and 0 strides"),
+        (REBUILD + b"(" + STORAGE + b"K\x00K\x01\x85)\x89}tR.", "of 1 dimensions and 0 strides"),
         (REBUILD + b"(" + STORAGE + b"K\x00(" + b"K\x01" * 9 + b"t(" + b"K\x01" * 9 + b"t\x89}tR.",
          "9 dimensions"),
         (REBUILD + b"(" + STORAGE + b"K\x00))\x89}" + TEXT + b"NstR.", "hooks"),

@@ -74,15 +74,18 @@ class StoredZip:
 
     def read(self, name: str, most_bytes: int) -> bytes:
         """The bytes of a small entry, compared with their CRC."""
-        entry = self.entries[name]
+        entry, shown = self.entries[name], _shown(name.encode())
         if entry.size > most_bytes:
             raise _damaged(
-                self.path, f"{name} has {entry.size:,} bytes, and at most {most_bytes:,} are read"
+                self.path, f"{shown} has {entry.size:,} bytes, and at most {most_bytes:,} are read"
             )
-        with self.path.open("rb") as file:
-            data = os.pread(file.fileno(), entry.size, entry.offset)
+        try:
+            with self.path.open("rb") as file:
+                data = os.pread(file.fileno(), entry.size, entry.offset)
+        except OSError as error:
+            raise _damaged(self.path, reason(error)) from error
         if len(data) != entry.size or (entry.crc and zlib.crc32(data) != entry.crc):
-            raise _damaged(self.path, f"the sum of {name} is another")
+            raise _damaged(self.path, f"the sum of {shown} is another")
         return data
 
 
@@ -125,7 +128,7 @@ class _Parser:
         for header in self._headers():
             name, start, entry = self._resolve(header)
             if name in entries:
-                raise self._damaged(f"two entries are called {name!r}")
+                raise self._damaged(f"two entries are called {_shown(header.name)}")
             entries[name] = entry
             stretches.append((start, entry.offset + entry.size))
         if len(entries) != num_entries:

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from parallel.checkpoint.readers.torch_names import NAMES, Function, PickledStorage, StorageClass
 from parallel.errors import CheckpointError
 
 # 150 bytes a tensor: room for some 28,000 of them in one file.
@@ -23,50 +23,10 @@ MOST_PICKLE_BYTES = 4 << 20
 _MOST_STACK = 10_000
 _MOST_MARKS = 100
 _LONGEST_LINE = 200
-_MOST_DIMENSIONS = 8
 # Protocol 2 to 5: below are the textual ones of Python 1 and 2.
 _PROTOCOLS = range(2, 6)
 # Of a number: nothing in a tensor's description needs more.
 _MOST_INTEGER_BYTES = 8
-
-_STORAGES: Mapping[str, str] = {
-    "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
-    "DoubleStorage": "float64", "CharStorage": "int8", "ByteStorage": "uint8",
-    "ShortStorage": "int16", "IntStorage": "int32", "LongStorage": "int64", "BoolStorage": "bool",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class PickledStorage:
-    """Where a tensor's bytes are: the entry `data/<key>`, of so many numbers of a dtype."""
-
-    key: str
-    dtype: str
-    count: int
-
-
-@dataclass(frozen=True)
-class PickledTensor:
-    """A tensor as the pickle describes it; offset and strides are in entries, all of them above -1."""
-
-    storage: PickledStorage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class _Storage:
-    """A storage's class, which is named but never imported."""
-
-    dtype: str
-
-
-@dataclass(frozen=True)
-class _Function:
-    """A function that is named but never called."""
-
-    build: Callable[[_Machine, tuple[Any, ...]], object]
 
 
 def read_pickle(data: bytes, path: Path) -> object:
@@ -192,16 +152,18 @@ class _Machine:
 
     def name(self, module: str, name: str) -> None:
         """Put what a name stands for, or refuse it."""
-        storage = _STORAGES.get(name) if module == "torch" else None
-        function = _FUNCTIONS.get((module, name))
-        if storage is None and function is None:
+        record = NAMES.get((module, name))
+        if record is None:
             raise self.refusal(f"the name {_shown(f'{module}.{name}')}")
-        self.stack.append(_Storage(storage) if storage else function)
+        self.stack.append(record)
 
     def reduce(self) -> None:
         arguments = self.pop(tuple)
-        function = self.pop(_Function)
-        self.stack.append(function.build(self, arguments))
+        function = self.pop(Function)
+        try:
+            self.stack.append(function.describe(arguments))
+        except ValueError as error:
+            raise self.refusal(str(error)) from error
 
     def build(self) -> None:
         """The attributes of an OrderedDict: a state dict's `_metadata` are versions of modules."""
@@ -212,7 +174,7 @@ class _Machine:
     def storage(self) -> None:
         """A persistent id: what torch.save writes in place of a storage's bytes."""
         match self.pop(tuple):
-            case ("storage", _Storage(dtype), str(key), str(), int(count)) if count >= 0:
+            case ("storage", StorageClass(dtype), str(key), str(), int(count)) if count >= 0:
                 self.stack.append(PickledStorage(key, dtype, count))
             case _:
                 raise self.refusal("a reference that is no storage of a known dtype")
@@ -228,46 +190,6 @@ class _Machine:
         return CheckpointError(
             f"{self.path}: its pickle is damaged at byte {self.at:,} ({what}); copy the file again."
         )
-
-
-def _new_dict(machine: _Machine, arguments: tuple[Any, ...]) -> dict[Any, Any]:
-    if arguments:
-        raise machine.refusal("an OrderedDict made from another object")
-    return {}
-
-
-def _tensor(machine: _Machine, arguments: tuple[Any, ...]) -> PickledTensor:
-    """_rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, hooks, metadata)."""
-    match arguments:
-        case (PickledStorage() as storage, int(offset), tuple(shape), tuple(strides), *rest):
-            if len(rest) > 3 or any(value for value in rest[1:]):
-                raise machine.refusal("a tensor with hooks, or one that is conjugate or negative")
-        case _:
-            raise machine.damage("a tensor has other arguments")
-    if not len(shape) == len(strides) <= _MOST_DIMENSIONS:
-        raise machine.damage(f"a tensor has {len(shape)} dimensions and {len(strides)} strides")
-    if not all(type(value) is int and value >= 0 for value in (offset, *shape, *strides)):
-        raise machine.damage(
-            "a tensor's offset, sizes or strides are no whole numbers of at least 0"
-        )
-    return PickledTensor(storage, offset, shape, strides)
-
-
-def _parameter(machine: _Machine, arguments: tuple[Any, ...]) -> PickledTensor:
-    """_rebuild_parameter(tensor, requires_grad, hooks), perhaps with attributes."""
-    match arguments:
-        case (PickledTensor() as tensor, bool(), {**hooks}, *_) if not hooks:
-            return tensor
-    raise machine.refusal("a parameter with hooks")
-
-
-_FUNCTIONS: Mapping[tuple[str, str], _Function] = {
-    ("collections", "OrderedDict"): _Function(_new_dict),
-    ("torch._utils", "_rebuild_tensor"): _Function(_tensor),
-    ("torch._utils", "_rebuild_tensor_v2"): _Function(_tensor),
-    ("torch._utils", "_rebuild_parameter"): _Function(_parameter),
-    ("torch._utils", "_rebuild_parameter_with_state"): _Function(_parameter),
-}
 
 
 def _protocol(machine: _Machine) -> None:
