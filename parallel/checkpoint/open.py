@@ -24,6 +24,9 @@ from parallel.checkpoint.layout import (
 )
 from parallel.checkpoint.readers.compressed import CompressedSource, part_names
 from parallel.checkpoint.readers.huggingface import INDEX_NAME, HuggingFaceSource, read_index
+from parallel.checkpoint.readers.mindformers import MindFormersSource
+from parallel.checkpoint.readers.mindformers_files import is_mindformers
+from parallel.checkpoint.readers.mindformers_names import by_hf_names
 from parallel.checkpoint.readers.prepared import MANIFEST, PreparedSource, is_prepared
 from parallel.checkpoint.readers.random import RandomSource
 from parallel.checkpoint.regular_file import check_directory
@@ -152,7 +155,7 @@ def describe_layout(
     for name in (INDEX_NAME, BIN_INDEX_NAME):
         if (path / name).exists():
             expected = _file_names(layout, linears)
-            check_names(expected, read_index(path / name), str(path / name))
+            check_names(expected, by_hf_names(read_index(path / name)), str(path / name))
             break
     return layout
 
@@ -166,6 +169,8 @@ def _model_config(values: dict[str, Any], path: Path) -> ModelConfig:
 def _open_source(path: Path, config: ModelConfig, values: dict[str, Any]) -> Source:
     if is_prepared(path):
         return PreparedSource(path)
+    if not is_compressed(values) and is_mindformers(path):
+        return MindFormersSource(path, config)
     if not is_compressed(values):
         return HuggingFaceSource(path)
     linears = _compressed_linears(path, config, values)
