@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from launcher.config import compose
+from launcher.resolve import open_job
 from parallel.checkpoint.open import describe_layout, open_checkpoint
 from parallel.checkpoint.readers.mindformers import MindFormersSource
-from parallel.checkpoint.readers.mindformers_files import is_mindformers
+from parallel.checkpoint.readers.mindformers_files import is_mindformers, weights_directory
 from parallel.checkpoint.readers.mindformers_names import (
     hf_modules,
     hf_names,
@@ -268,6 +270,20 @@ def test_a_quantized_prepare_is_that_of_the_hugging_face_checkpoint(tmp_path):
         prepared[path] = [file.read_bytes() for file in sorted(output.glob("rank_*/*"))]
     assert prepared[tiny] == prepared[form]
     assert len(prepared[form]) == 4
+
+
+def test_checkpoint_may_be_named_by_its_only_file(tmp_path):
+    tiny = write_checkpoint(tmp_path / "hf", **SMALL)
+    path = ckpt(tiny, copy_beside(tiny, tmp_path / "one"))
+    assert weights_directory(path / "llama.ckpt") == path
+    assert weights_directory(path) == path
+    assert weights_directory(path / "missing.ckpt") == path / "missing.ckpt"
+    assert weights_directory(tiny / "model.safetensors") == tiny
+    resolved = open_job(compose([f"checkpoint={path}/llama.ckpt"]))
+    assert resolved.path == path
+    write_ckpt(path / "llama-2_10.ckpt", {"x": torch.ones(1)})
+    with pytest.raises(CheckpointError, match=r"only file of weights .* but 1 more are there"):
+        weights_directory(path / "llama.ckpt")
 
 
 def test_plan_knows_the_names_of_an_index(tmp_path):
