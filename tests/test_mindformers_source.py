@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import subprocess
+import sys
 import zlib
 from functools import partial
 from pathlib import Path
@@ -293,6 +295,19 @@ def test_plan_knows_the_names_of_an_index(tmp_path):
     assert layout.table.keys() == hf_weights(tiny).keys()
 
 
+def test_opening_needs_no_torch(tmp_path):
+    tiny = write_checkpoint(tmp_path / "hf", **SMALL)
+    path = ranks(tiny, copy_beside(tiny, tmp_path / "ranks"), 2, strategy="strategy_0.ckpt")
+    script = (
+        "import sys; from pathlib import Path; from parallel.checkpoint.open import open_checkpoint; "
+        "open_checkpoint(Path(sys.argv[1])).source.identity(); print('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", script, str(path)]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_identity_tells_ranks_and_strategy_and_no_path(tmp_path):
     tiny = write_checkpoint(tmp_path / "hf", **SMALL)
     identities = []
@@ -442,6 +457,14 @@ def test_what_is_no_weight_is_refused_by_name(tmp_path, name):
     path = ckpt(tiny, copy_beside(tiny, tmp_path / "one"))
     rewrite(path / "llama.ckpt", add(name, torch.tensor(3.0)))
     assert f"first {name}" in refusal(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8])
+def test_weight_of_another_dtype_is_refused(tmp_path, dtype):
+    tiny = write_checkpoint(tmp_path / "hf", **SMALL)
+    path = ckpt(tiny, copy_beside(tiny, tmp_path / "one"))
+    rewrite(path / "llama.ckpt", add("model.norm_out.weight", torch.ones(32, dtype=dtype)))
+    assert f"model.norm.weight is {str(dtype)[6:]}" in refusal(path)
 
 
 def test_fused_and_unfused_together_are_refused(tmp_path):
