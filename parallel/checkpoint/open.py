@@ -31,6 +31,9 @@ from parallel.checkpoint.readers.huggingface import (
 )
 from parallel.checkpoint.readers.meta import MetaSource, is_meta
 from parallel.checkpoint.readers.meta_config import PARAMS, read_meta_config
+from parallel.checkpoint.readers.mindformers import MindFormersSource
+from parallel.checkpoint.readers.mindformers_files import is_mindformers
+from parallel.checkpoint.readers.mindformers_names import by_hf_names
 from parallel.checkpoint.readers.prepared import MANIFEST, PreparedSource, is_prepared
 from parallel.checkpoint.readers.random import RandomSource
 from parallel.checkpoint.regular_file import check_directory
@@ -162,7 +165,7 @@ def describe_layout(
     for name in (INDEX_NAME, BIN_INDEX_NAME):
         if (path / name).exists():
             expected = _file_names(layout, linears)
-            check_names(expected, read_index(path / name), str(path / name))
+            check_names(expected, by_hf_names(read_index(path / name)), str(path / name))
             break
     return layout
 
@@ -184,6 +187,8 @@ def _open_source(path: Path, config: ModelConfig, values: dict[str, Any]) -> Sou
         return PreparedSource(path)
     if is_meta(path):
         return MetaSource(path, config)
+    if not is_compressed(values) and is_mindformers(path):
+        return MindFormersSource(path, config)
     if not is_compressed(values):
         return HuggingFaceSource(path)
     linears = _compressed_linears(path, config, values)
