@@ -13,6 +13,7 @@ from parallel.checkpoint.compressed_config import (
     without_quantization,
 )
 from parallel.checkpoint.compressed_groups import read_quantization, to_scheme
+from parallel.checkpoint.config_values import config_file, read_config_values
 from parallel.checkpoint.json_file import read_json_object
 from parallel.checkpoint.layout import (
     SCALE_SUFFIX,
@@ -130,10 +131,9 @@ def open_random(values: Mapping[str, Any], scheme: QuantScheme, seed: int) -> Ch
 
 
 def read_config(path: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """`config.json` of a directory, with overrides; the weights are not looked at."""
+    """`config.json` of a directory, or what stands in for it, with overrides; no weight is read."""
     check_directory(path, "checkpoint")
-    values = read_json_object(path / "config.json")
-    return override_config(values, overrides or {})
+    return override_config(read_config_values(path), overrides or {})
 
 
 def describe_layout(
@@ -160,7 +160,7 @@ def describe_layout(
 def _model_config(values: dict[str, Any], path: Path) -> ModelConfig:
     """What is said of quantization is for another to read, unless nobody does."""
     own = values if is_prepared(path) else without_quantization(values)
-    return ModelConfig.from_hf(own, str(path / "config.json"))
+    return ModelConfig.from_hf(own, str(config_file(path)))
 
 
 def _open_source(path: Path, config: ModelConfig, values: dict[str, Any]) -> Source:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from parallel.checkpoint.json_file import read_json_object
+from parallel.checkpoint.config_values import CONFIG, read_config_values
 from parallel.checkpoint.regular_file import check_regular
 
 COPIED_FILES = (
@@ -21,12 +21,15 @@ COPIED_FILES = (
 def copy_files(
     source: Path, directory: Path, edit: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> None:
-    """Copy what there is of them, byte for byte but for what `edit` changes in config.json."""
+    """Copy what there is of them, byte for byte but for what `edit` changes in config.json.
+
+    Where another file says what the model is, a config.json is made from it.
+    """
     for name in COPIED_FILES:
         if (source / name).exists():
             check_regular(source / name)
             shutil.copyfile(source / name, directory / name)
-    config = read_json_object(source / "config.json")
-    if (edited := edit(config)) != config:
+    config = read_config_values(source)
+    if (edited := edit(config)) != config or not (source / CONFIG).exists():
         text = json.dumps(edited, indent=2, ensure_ascii=False)
-        (directory / "config.json").write_text(text + "\n", encoding="utf-8")
+        (directory / CONFIG).write_text(text + "\n", encoding="utf-8")
