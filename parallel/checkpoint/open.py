@@ -24,6 +24,10 @@ from parallel.checkpoint.layout import (
     make_layout,
 )
 from parallel.checkpoint.readers.compressed import CompressedSource, part_names
+from parallel.checkpoint.readers.golden_stick import (
+    GoldenStickSource,
+    find_quantization,
+)
 from parallel.checkpoint.readers.huggingface import INDEX_NAME, HuggingFaceSource, read_index
 from parallel.checkpoint.readers.prepared import MANIFEST, PreparedSource, is_prepared
 from parallel.checkpoint.readers.random import RandomSource
@@ -62,7 +66,7 @@ class Checkpoint:
     @property
     def own_scheme(self) -> QuantScheme | None:
         """The scheme that its files bring, which no other can stand in for; None: they bring none."""
-        if isinstance(self.source, PreparedSource | CompressedSource):
+        if isinstance(self.source, PreparedSource | CompressedSource | GoldenStickSource):
             return self.source.scheme
         return None
 
@@ -78,8 +82,8 @@ class Checkpoint:
         if isinstance(self.source, RandomSource):
             assert scheme == self.source.scheme, "random weights are made for one scheme"
             return make_layout(self.config, scheme, vocab_emb_dp=vocab_emb_dp)
-        if isinstance(self.source, CompressedSource):
-            return _compressed_layout(self.config, self.source, scheme, vocab_emb_dp)
+        if isinstance(self.source, CompressedSource | GoldenStickSource):
+            return _quantized_layout(self.config, self.source, scheme, vocab_emb_dp)
         layout = self._make_layout(scheme, vocab_emb_dp)
         check_source(layout.table, self.source.tensors, str(self.path))
         return layout
@@ -144,6 +148,10 @@ def describe_layout(
     config = _model_config(values, path)
     if is_prepared(path):
         return _prepared_layout(config, PreparedSource(path), scheme, vocab_emb_dp)
+    said = find_quantization(path)
+    if said is not None and said.scheme is not None:
+        own = _only_scheme(path, said.scheme, scheme, said.path.name)
+        return make_layout(config, own, vocab_emb_dp=vocab_emb_dp)
     linears: Mapping[str, CompressedLinear | None] = {}
     if is_compressed(values):
         linears = _compressed_linears(path, config, values)
@@ -166,6 +174,8 @@ def _model_config(values: dict[str, Any], path: Path) -> ModelConfig:
 def _open_source(path: Path, config: ModelConfig, values: dict[str, Any]) -> Source:
     if is_prepared(path):
         return PreparedSource(path)
+    if (said := find_quantization(path)) is not None:
+        return GoldenStickSource(path, config, said)
     if not is_compressed(values):
         return HuggingFaceSource(path)
     linears = _compressed_linears(path, config, values)
@@ -245,21 +255,27 @@ def _check_prepared(layout: Layout, source: PreparedSource) -> None:
             )
 
 
-def _only_scheme(path: Path, own: QuantScheme, asked: QuantScheme) -> QuantScheme:
-    """That of a compressed-tensors directory, of which there is no other."""
+def _only_scheme(
+    path: Path, own: QuantScheme, asked: QuantScheme, said_by: str = "config.json"
+) -> QuantScheme:
+    """That of a directory that is quantized already, of which there is no other."""
     if asked.quant_method is not None and asked != own:
         raise CheckpointError(
-            f"{path} is quantized already, as {own.label} by its config.json, and `quant` asks for "
-            f"{asked.label}{' in other words' if asked.label == own.label else ''}; leave `quant` "
+            f"{path} is quantized already, as {own.label} by its {said_by}, and `quant` asks "
+            f"for {asked.label}{' in other words' if asked.label == own.label else ''}; leave `quant` "
             "out, or give the unquantized checkpoint."
         )
     return own
 
 
-def _compressed_layout(
-    config: ModelConfig, source: CompressedSource, scheme: QuantScheme, vocab_emb_dp: bool
+def _quantized_layout(
+    config: ModelConfig,
+    source: CompressedSource | GoldenStickSource,
+    scheme: QuantScheme,
+    vocab_emb_dp: bool,
 ) -> Layout:
-    own = _only_scheme(source.path, source.scheme, scheme)
+    said_by = source.said_by if isinstance(source, GoldenStickSource) else "config.json"
+    own = _only_scheme(source.path, source.scheme, scheme, said_by)
     dtype_of = _stored_dtype(source)
     layout = make_layout(config, own, vocab_emb_dp=vocab_emb_dp, dtype_of=dtype_of)
     floats = {name: row for name, row in layout.table.items() if name not in layout.schemes}

@@ -53,6 +53,18 @@ def find_model_file(directory: Path) -> Path | None:
     return found[0] if found else None
 
 
+def is_model_file(directory: Path) -> bool:
+    """Whether a directory has one YAML, and that is MindFormers'."""
+    found = [path for suffix in _SUFFIXES for path in directory.glob(suffix)]
+    if len(found) != 1:
+        return False
+    try:
+        model = read_yaml_mapping(found[0]).get("model")
+    except CheckpointError:
+        return False
+    return isinstance(model, dict) and "model_config" in model
+
+
 def read_model_file(path: Path) -> ModelFile:
     """Read a MindFormers YAML that lies beside weights.
 

@@ -1,0 +1,196 @@
+"""What the parts of a linear hold, where it decides what is computed.
+
+Here a product is `input_scale * (q @ values.T) * weight_scale` with `q = clamp(round(x / input_scale))`:
+there is no place in it for a zero point, a factor of each input channel, or another order of them.
+What would change nothing, such as zero points that are zero, is accepted.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from parallel.checkpoint.readers.golden_stick_names import (
+    BOTH_SCALES,
+    BOTH_ZEROS,
+    CORRECTION,
+    INPUT_SCALE,
+    INPUT_ZERO,
+    KEY_SCALE,
+    KEY_SCALE_COPY,
+    KEY_ZERO,
+    KEY_ZERO_COPY,
+    ORDER,
+    PRODUCT_SCALE,
+    SCALE,
+    SHIFT,
+    SMOOTH,
+    VALUE_SCALE,
+    VALUE_SCALE_COPY,
+    VALUE_ZERO,
+    VALUE_ZERO_COPY,
+    WEIGHT,
+    ZERO,
+)
+from parallel.checkpoint.readers.golden_stick_parts import CacheParts, LinearParts, StoredPart
+from parallel.errors import CheckpointError
+from parallel.placement import Index
+from quant.numeric import pack_int4, unpack_int4
+
+_REMEDY = "give the unquantized checkpoint and quantize it with shardrun prepare."
+_NEUTRAL = {
+    ZERO: (0, "zero points of its weight"),
+    INPUT_ZERO: (0, "zero points of its input (asymmetric activations)"),
+    CORRECTION: (0, "what zero points of the input add to its sums"),
+    SHIFT: (0, "a shift of its input (outlier-suppression+)"),
+    SMOOTH: (1, "factors of its input channels (smoothing when it runs)"),
+}
+# Two scales of 11 bits and their product, each rounded.
+_CLOSE = 2.0**-9
+
+
+def check_linear(parts: LinearParts, path: Path) -> None:
+    """Raises CheckpointError for a value that a product here could not carry."""
+    for kind, (value, what) in _NEUTRAL.items():
+        if kind in parts and not bool((parts[kind].whole() == value).all()):
+            raise CheckpointError(
+                f"{path}: {parts[kind].stored} holds {what}, which must all be {value} to be computed "
+                f"here, but are not; {_REMEDY}"
+            )
+    if ORDER in parts:
+        _check_order(parts[ORDER], path)
+    for kind in (SCALE, PRODUCT_SCALE):
+        if kind in parts:
+            _check_equal(parts, kind, path)
+    scale = weight_scale(parts)
+    if not bool((scale.isfinite() & (scale >= 0)).all()):
+        stored = parts[SCALE if SCALE in parts else PRODUCT_SCALE].stored
+        raise CheckpointError(
+            f"{path}: {stored} must hold finite scales that are not negative, but does not; quantize "
+            "the checkpoint again."
+        )
+    if SCALE in parts and PRODUCT_SCALE in parts:
+        _check_product(parts, path)
+
+
+def weight_scale(parts: LinearParts) -> Tensor:
+    """[out, groups], as it is stored; of a product's scale divided by the input's in float32."""
+    if SCALE in parts:
+        scale = parts[SCALE].whole()
+        return scale.T.contiguous() if scale.dim() == 2 else scale.unsqueeze(1)
+    return (as_floats(parts[PRODUCT_SCALE]) / input_scale(parts)).unsqueeze(1)
+
+
+def input_scale(parts: LinearParts) -> Tensor:
+    """float32 [1]; the files have one of each channel where an operator of theirs wants that.
+
+    Raises:
+        CheckpointError: they differ, or it is no scale.
+    """
+    stored = parts[INPUT_SCALE]
+    scale = stored.whole().float()
+    if not bool((scale.isfinite() & (scale > 0)).all()):
+        raise CheckpointError(
+            f"{stored.info.file}: {stored.stored} must hold finite scales above zero, but does not; "
+            "calibrate again."
+        )
+    if not bool((scale == scale[0]).all()):
+        raise CheckpointError(
+            f"{stored.info.file}: {stored.stored} must be one scale for all channels of the input, but "
+            f"they differ from {scale.min():.6g} to {scale.max():.6g}, which is smoothing when it runs; "
+            f"{_REMEDY}"
+        )
+    return scale[:1].clone()
+
+
+def as_floats(stored: StoredPart) -> Tensor:
+    """Scales in float32; where they are int64, the low half of each is the bits of one.
+
+    Raises:
+        CheckpointError: the high half says something else.
+    """
+    found = stored.whole()
+    if found.dtype != torch.int64:
+        return found.float()
+    if not bool(((found >= 0) & (found < 1 << 31)).all()):
+        raise CheckpointError(
+            f"{stored.info.file}: {stored.stored} must hold the bits of positive float32 numbers as "
+            "int64, but does not; quantize the checkpoint again."
+        )
+    return found.to(torch.int32).view(torch.float32)
+
+
+def transposed(parts: LinearParts, index: Index) -> Tensor:
+    """A slice of 4-bit integers as they are stored here: [out, in / 2] from their [in, out / 2]."""
+    rows, columns = index
+    inputs = slice(2 * columns.start, min(2 * columns.stop, parts.shape[1]))
+    outputs = slice(rows.start // 2, -(-rows.stop // 2))
+    stored = parts.read(WEIGHT, (inputs, outputs)).contiguous().view(torch.uint8)
+    values_KN = unpack_int4(stored, 2 * (outputs.stop - outputs.start))
+    first = rows.start - 2 * outputs.start
+    wanted = values_KN[:, first : first + rows.stop - rows.start]
+    return pack_int4(wanted.T.contiguous())
+
+
+def check_cache(parts: CacheParts, path: Path) -> None:
+    """Raises CheckpointError for zero points that are not zero, or copies that say something else."""
+    for kind in (KEY_ZERO, VALUE_ZERO, KEY_ZERO_COPY, VALUE_ZERO_COPY, BOTH_ZEROS):
+        if kind in parts and bool((parts[kind].whole() != 0).any()):
+            raise CheckpointError(
+                f"{path}: {parts[kind].stored} holds zero points of the KV cache, which must all be 0 "
+                f"to be computed here, but are not; {_REMEDY}"
+            )
+    pair = as_floats(parts[BOTH_SCALES]) if BOTH_SCALES in parts else (None, None)
+    for kind, copy_kind, half in (
+        (KEY_SCALE, KEY_SCALE_COPY, pair[0]),
+        (VALUE_SCALE, VALUE_SCALE_COPY, pair[1]),
+    ):
+        scale = parts[kind].whole()
+        copy = as_floats(parts[copy_kind]) if copy_kind in parts else None
+        for found, name in ((half, BOTH_SCALES), (copy, copy_kind)):
+            if found is not None and not _is_copy(found, scale):
+                raise CheckpointError(
+                    f"{path}: {parts[name].stored} must hold the scales of {parts[kind].stored}, but "
+                    "does not; quantize the checkpoint again."
+                )
+
+
+def _is_copy(found: Tensor, scale: Tensor) -> bool:
+    """Equal but for the rounding of either to 16 bits."""
+    return bool(((found.float() - scale.float()).abs() <= _CLOSE * scale.float()).all())
+
+
+def _check_order(stored: StoredPart, path: Path) -> None:
+    for piece in stored.tensor.pieces:
+        found = piece.read(piece.place)
+        if not torch.equal(found.long(), torch.arange(len(found))):
+            raise CheckpointError(
+                f"{path}: {stored.stored} says that the input channels are in another order, in which "
+                f"they cannot be computed here; {_REMEDY}"
+            )
+
+
+def _check_equal(parts: LinearParts, kind: str, path: Path) -> None:
+    """The scales of a row are those of the whole row on every rank."""
+    if not (parts.is_row_parallel and parts[kind].by_rank):
+        return
+    first, *others = parts[kind].replicas()
+    for rank, other in enumerate(others, 1):
+        if not torch.equal(other, first):
+            raise CheckpointError(
+                f"{path}: {parts[kind].stored} must be equal on all ranks, but differs on rank {rank}: "
+                "each rank has scaled its own part of the rows, while here a row that ranks share has "
+                f"one scale; {_REMEDY}"
+            )
+
+
+def _check_product(parts: LinearParts, path: Path) -> None:
+    product = as_floats(parts[PRODUCT_SCALE])
+    expected = input_scale(parts) * parts[SCALE].whole().float()
+    if not bool(((product - expected).abs() <= _CLOSE * expected).all()):
+        raise CheckpointError(
+            f"{path}: {parts[PRODUCT_SCALE].stored} must be {parts[INPUT_SCALE].stored} times "
+            f"{parts[SCALE].stored}, but is not; quantize the checkpoint again."
+        )
