@@ -95,3 +95,84 @@ def varint(value: int) -> bytes:
 def spread(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A tensor of which no two entries nearby are equal."""
     return (torch.arange(math.prod(shape)).remainder(101) - 50).reshape(shape).to(dtype)
+
+
+# What MindFormers' own conversion replaces in a name, in this order.
+REPLACED = {
+    "embed_tokens.weight": "tok_embeddings.embedding_weight", "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3",
+    "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
+    "model.norm.": "model.norm_out.",
+}  # fmt: skip
+CUT_ROWS = ("wq", "wk", "wv", "w1", "w3")
+CUT_COLUMNS = ("wo", "w2")
+
+
+def to_mindformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors by MindFormers' names."""
+    renamed = {}
+    for name, tensor in weights.items():
+        for theirs, ours in REPLACED.items():
+            name = name.replace(theirs, ours)
+        renamed[name] = tensor
+    return renamed
+
+
+def rank_weights(
+    weights: Mapping[str, Tensor], rank: int, size: int, num_kv_heads: int, whole: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """A rank's part of MindFormers' tensors.
+
+    Args:
+        whole: names of the tensors of the outer modules that are not cut.
+    """
+    return {
+        name: tensor if name in whole else _rank_part(name, tensor, rank, size, num_kv_heads)
+        for name, tensor in weights.items()
+    }
+
+
+def _rank_part(name: str, tensor: Tensor, rank: int, size: int, num_kv_heads: int) -> Tensor:
+    *_, module, kind = name.split(".")
+    if module in ("wk", "wv") and num_kv_heads < size:
+        return tensor.chunk(num_kv_heads)[rank * num_kv_heads // size]
+    if module in CUT_ROWS or name in ("lm_head.weight", "model.tok_embeddings.embedding_weight"):
+        return tensor.chunk(size)[rank]
+    if module in CUT_COLUMNS and kind == "weight":
+        return tensor.chunk(size, dim=1)[rank]
+    return tensor
+
+
+def fuse(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """q k v as `w_qkv`, gate and up as `w_gate_hidden`, of the whole or of a rank's part."""
+    fused = dict(weights)
+    for name in weights:
+        for first, others, together in (
+            ("attention.wq.", ("wk", "wv"), "w_qkv"),
+            ("feed_forward.w1.", ("w3",), "w_gate_hidden"),
+        ):
+            if first in name:
+                word = first.split(".")[1]
+                names = [name, *(name.replace(f".{word}.", f".{other}.") for other in others)]
+                parts = [fused.pop(part) for part in names]
+                fused[name.replace(f".{word}.", f".{together}.")] = torch.cat(parts)
+    return fused
+
+
+def layouts(names: list[str], devices: list[int], whole: tuple[str, ...]) -> dict[str, tuple]:
+    """What a strategy file says where the last dimension of the grid cuts and others repeat."""
+    found = {}
+    for name in names:
+        *_, module, kind = name.split(".")
+        is_matrix = not ("norm" in name or kind == "bias")
+        axes = [-1, -1] if is_matrix else [-1]
+        if module in (*CUT_ROWS, "w_qkv", "w_gate_hidden"):
+            axes[0] = 0
+        elif is_matrix and module in CUT_COLUMNS:
+            axes[1] = 0
+        elif name not in whole and is_matrix:
+            axes[0] = 0
+        found[name] = (devices, axes)
+    return found

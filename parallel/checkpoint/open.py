@@ -29,6 +29,9 @@ from parallel.checkpoint.readers.golden_stick import (
     find_quantization,
 )
 from parallel.checkpoint.readers.huggingface import INDEX_NAME, HuggingFaceSource, read_index
+from parallel.checkpoint.readers.mindformers import MindFormersSource
+from parallel.checkpoint.readers.mindformers_files import is_mindformers
+from parallel.checkpoint.readers.mindformers_names import by_hf_names
 from parallel.checkpoint.readers.prepared import MANIFEST, PreparedSource, is_prepared
 from parallel.checkpoint.readers.random import RandomSource
 from parallel.checkpoint.regular_file import check_directory
@@ -160,7 +163,7 @@ def describe_layout(
     for name in (INDEX_NAME, BIN_INDEX_NAME):
         if (path / name).exists():
             expected = _file_names(layout, linears)
-            check_names(expected, read_index(path / name), str(path / name))
+            check_names(expected, by_hf_names(read_index(path / name)), str(path / name))
             break
     return layout
 
@@ -176,6 +179,10 @@ def _open_source(path: Path, config: ModelConfig, values: dict[str, Any]) -> Sou
         return PreparedSource(path)
     if (said := find_quantization(path)) is not None:
         return GoldenStickSource(path, config, said)
+    if not is_compressed(values) and is_mindformers(path):
+        source = MindFormersSource(path, config)
+        check_unquantized(path, source.tensors)
+        return source
     if not is_compressed(values):
         return HuggingFaceSource(path)
     linears = _compressed_linears(path, config, values)

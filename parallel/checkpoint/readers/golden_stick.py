@@ -62,7 +62,7 @@ def check_unquantized(path: Path, names: Iterable[str]) -> None:
         if is_quantized_name(name):
             raise CheckpointError(
                 f"{path} holds {name}, a part of weights that Golden Stick has quantized, but no YAML "
-                "in it says a quantization_config; put the YAML that they were quantized with beside them."
+                "in it says a quantization_config; put the YAML that it was quantized with beside it."
             )
 
 

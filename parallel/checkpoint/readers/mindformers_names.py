@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 # Below `model.layers.N.`: MindFormers' module, and Hugging Face's, several where they are fused
 # along the rows, in this order.
@@ -75,6 +75,12 @@ def is_mindformers_name(name: str) -> bool:
     """Whether a tensor's name is MindFormers' and not Hugging Face's; `lm_head.weight` is both's."""
     found = hf_names(name)
     return bool(found) and found != (name,)
+
+
+def by_hf_names(names: Iterable[str]) -> Iterator[str]:
+    """The same tensors by Hugging Face's names; a name that is not MindFormers' stays as it is."""
+    for name in names:
+        yield from hf_names(name) or (name,)
 
 
 def _split_layer(module: str) -> tuple[str, str]:
