@@ -26,6 +26,7 @@ from parallel.checkpoint.layout import (
 from parallel.checkpoint.readers.compressed import CompressedSource, part_names
 from parallel.checkpoint.readers.golden_stick import (
     GoldenStickSource,
+    check_unquantized,
     find_quantization,
 )
 from parallel.checkpoint.readers.huggingface import INDEX_NAME, HuggingFaceSource, read_index

@@ -153,7 +153,8 @@ class _Finder:
         for row in self.table.values():
             scheme = self.schemes.get(row.module) if row.is_linear else None
             if row.is_kv_scale:
-                caches.setdefault(row.module, self._take(row, CACHE_FORMS))
+                if row.module not in caches:  # its values have a row of their own
+                    caches[row.module] = self._take(row, CACHE_FORMS)
             elif scheme is None:
                 floats[row.name] = self._take_float(row).tensor
             else:
