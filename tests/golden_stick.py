@@ -143,6 +143,26 @@ def cut(name: str, tensor: Tensor, rank: int, size: int) -> Tensor:
     return tensor.chunk(size, axis)[rank].contiguous()
 
 
+def fused(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One rank's tensors with q, k, v and gate, up as one linear each."""
+    found: dict[str, list[Tensor]] = {}
+    for name, tensor in tensors.items():
+        for word in ("wq", "wk", "wv"):
+            name = name.replace(f".{word}.", ".w_qkv.")
+        for word in ("w1", "w3"):
+            name = name.replace(f".{word}.", ".w_gate_hidden.")
+        found.setdefault(name, []).append(tensor)
+    return {name: joined(name, parts) for name, parts in found.items()}
+
+
+def joined(name: str, parts: list[Tensor]) -> Tensor:
+    """Along the output channels; what belongs to the input is the same in all."""
+    if name.endswith(("input_scale", "input_zp")):
+        return parts[0]
+    is_transposed = parts[0].dtype == torch.uint8 or ".matmul." in name
+    return torch.cat(parts, parts[0].dim() - 1 if is_transposed else 0)
+
+
 def write_directory(
     path: Path,
     tensors: Mapping[str, Tensor],
