@@ -22,6 +22,7 @@ from launcher.schema import Config, GenerationSection, QuantSection
 from launcher.text import open_tokenizer
 from parallel.checkpoint.layout import Layout, check_calibrated
 from parallel.checkpoint.open import Checkpoint, open_checkpoint, open_random, read_config
+from parallel.checkpoint.readers.mindformers_files import weights_directory
 from quant.scheme import QuantScheme
 
 DEMO = Path(__file__).parent / "demo"
@@ -135,9 +136,10 @@ def checkpoint_path(config: Config) -> Path:
 
     Raises:
         ConfigError: a shape is named, but no weights.
+        CheckpointError: a file is named, and others are beside it.
     """
     if config.checkpoint is not None:
-        return Path(config.checkpoint).absolute()
+        return weights_directory(Path(config.checkpoint).absolute())
     if is_shape_alone(config):
         raise ConfigError("`model` names a shape without weights; give checkpoint=DIRECTORY too.")
     return DEMO

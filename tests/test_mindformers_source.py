@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import subprocess
+import sys
 import zlib
 from functools import partial
 from pathlib import Path
@@ -13,9 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from launcher.config import compose
+from launcher.resolve import open_job
 from parallel.checkpoint.open import describe_layout, open_checkpoint
 from parallel.checkpoint.readers.mindformers import MindFormersSource
-from parallel.checkpoint.readers.mindformers_files import is_mindformers
+from parallel.checkpoint.readers.mindformers_files import is_mindformers, weights_directory
 from parallel.checkpoint.readers.mindformers_names import (
     hf_modules,
     hf_names,
@@ -270,11 +274,38 @@ def test_a_quantized_prepare_is_that_of_the_hugging_face_checkpoint(tmp_path):
     assert len(prepared[form]) == 4
 
 
+def test_checkpoint_may_be_named_by_its_only_file(tmp_path):
+    tiny = write_checkpoint(tmp_path / "hf", **SMALL)
+    path = ckpt(tiny, copy_beside(tiny, tmp_path / "one"))
+    assert weights_directory(path / "llama.ckpt") == path
+    assert weights_directory(path) == path
+    assert weights_directory(path / "missing.ckpt") == path / "missing.ckpt"
+    assert weights_directory(tiny / "model.safetensors") == tiny
+    resolved = open_job(compose([f"checkpoint={path}/llama.ckpt"]))
+    assert resolved.path == path
+    write_ckpt(path / "llama-2_10.ckpt", {"x": torch.ones(1)})
+    with pytest.raises(CheckpointError, match=r"only file of weights .* but 1 more are there"):
+        weights_directory(path / "llama.ckpt")
+
+
 def test_plan_knows_the_names_of_an_index(tmp_path):
     tiny = write_checkpoint(tmp_path / "hf", **SMALL)
     path = safetensors(tiny, copy_beside(tiny, tmp_path / "mindformers"), num_files=2)
     layout = describe_layout(path, QuantScheme(), {}, vocab_emb_dp=False)
     assert layout.table.keys() == hf_weights(tiny).keys()
+
+
+def test_opening_needs_no_torch(tmp_path):
+    tiny = write_checkpoint(tmp_path / "hf", **SMALL)
+    path = ranks(tiny, copy_beside(tiny, tmp_path / "ranks"), 2, strategy="strategy_0.ckpt")
+    script = (
+        "import sys; from pathlib import Path; from parallel.checkpoint.open import open_checkpoint; "
+        "open_checkpoint(Path(sys.argv[1])).source.identity(); print('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", script, str(path)]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_identity_tells_ranks_and_strategy_and_no_path(tmp_path):
@@ -426,6 +457,14 @@ def test_what_is_no_weight_is_refused_by_name(tmp_path, name):
     path = ckpt(tiny, copy_beside(tiny, tmp_path / "one"))
     rewrite(path / "llama.ckpt", add(name, torch.tensor(3.0)))
     assert f"first {name}" in refusal(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8])
+def test_weight_of_another_dtype_is_refused(tmp_path, dtype):
+    tiny = write_checkpoint(tmp_path / "hf", **SMALL)
+    path = ckpt(tiny, copy_beside(tiny, tmp_path / "one"))
+    rewrite(path / "llama.ckpt", add("model.norm_out.weight", torch.ones(32, dtype=dtype)))
+    assert f"model.norm.weight is {str(dtype)[6:]}" in refusal(path)
 
 
 def test_fused_and_unfused_together_are_refused(tmp_path):

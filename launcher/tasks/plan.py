@@ -24,6 +24,7 @@ from launcher.table import print_table
 from parallel.checkpoint.layout import Layout, StoredTensor, make_layout
 from parallel.checkpoint.open import describe_layout
 from parallel.checkpoint.plan import RankPlan, Workload, plan_rank, unsupported_reason
+from parallel.checkpoint.readers.mindformers_files import weights_directory
 from parallel.checkpoint.readers.prepared import PreparedSource, is_prepared
 from parallel.model.config import ModelConfig
 from parallel.model.placements import Row
@@ -71,7 +72,7 @@ def _layout(config: Config) -> Layout:
     if config.checkpoint is None and overrides:
         shape = ModelConfig.from_hf(overrides, "`model`")
         return make_layout(shape, scheme, vocab_emb_dp=vocab_emb_dp)
-    path = Path(config.checkpoint).absolute() if config.checkpoint else DEMO
+    path = weights_directory(Path(config.checkpoint).absolute()) if config.checkpoint else DEMO
     return describe_layout(path, scheme, overrides, vocab_emb_dp=vocab_emb_dp)
 
 

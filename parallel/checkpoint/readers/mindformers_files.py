@@ -49,6 +49,25 @@ class WeightFiles:
         return merged
 
 
+def weights_directory(path: Path) -> Path:
+    """The directory of a checkpoint that is given by its only file of weights, as MindFormers' users
+    do; any other path as it is.
+
+    Raises:
+        CheckpointError: there are other weights beside the file.
+    """
+    if path.suffix not in (".ckpt", ".safetensors") or not path.is_file():
+        return path
+    names = _weight_names(path.parent)
+    if names != [path.name]:
+        raise CheckpointError(
+            f"`checkpoint` {path} must be the only file of weights in its directory, which is read with "
+            f"it, but {len(names) - 1} more are there; give the directory if they belong together, or "
+            "move the file into one of its own."
+        )
+    return path.parent
+
+
 def is_mindformers(path: Path) -> bool:
     """Whether a directory holds MindFormers' weights: `.ckpt` files, ranks' directories, or
     safetensors whose names are MindFormers'.

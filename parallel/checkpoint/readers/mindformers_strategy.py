@@ -1,11 +1,6 @@
 """MindSpore's strategy files: which slice of each parameter a rank holds. Needs no torch.
 
-`ParallelStrategyMap { uint32 current_stage = 1; ParallelStrategyItem parallel_strategy_item = 2;
-ParallelLayoutItem parallel_layout_item = 3 }`, `ParallelLayoutItem { string param_name = 1;
-ParallelLayouts parallel_layouts = 2 }`, `ParallelLayouts { DevMatrix dev_matrix = 1; TensorMap
-tensor_map = 2; ParamSplitShape param_split_shape = 3; IndicesOffset indices_offset = 4; int32 field = 5;
-int32 opt_weight_shard_step = 6; int32 opt_weight_shard_size = 7 }`, each of the first four a message
-`{ repeated int dim = 1 }`; or the same as JSON.
+They are protobuf messages (strategy_message.py), or the same as JSON.
 """
 
 from __future__ import annotations
@@ -14,30 +9,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from parallel.checkpoint.json_file import read_json_object
-from parallel.checkpoint.readers.protobuf_fields import (
-    Field,
-    FieldError,
-    fields,
-    numbers,
-    read_bytes,
-    signed,
-)
+from parallel.checkpoint.readers.protobuf_fields import FieldError
+from parallel.checkpoint.readers.strategy_message import LAYOUT_KEYS, read_message
 from parallel.checkpoint.regular_file import check_regular, reason
 from parallel.errors import CheckpointError
 from parallel.placement import Shape
 
 # That of a 70B has some 100 KB.
 _MOST_BYTES = 64 << 20
-_MOST_NAME_BYTES = 1024
 _MOST_DIMS = 16
-# The fields of ParallelLayouts, by number; all but the first two must say that there is nothing more.
-_LAYOUT_KEYS = (
-    "dev_matrix", "tensor_map", "param_split_shape", "indices_offset", "field",
-    "opt_weight_shard_step", "opt_weight_shard_size",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,7 +92,7 @@ def read_strategy(path: Path) -> Strategy:
     """
     check_regular(path, _MOST_BYTES)
     try:
-        raw = _read_json(path) if path.suffix == ".json" else _read_binary(path)
+        raw = _read_json(path) if path.suffix == ".json" else read_message(path)
         return {name: _layout(name, values) for name, values in raw.items()}
     except (FieldError, TypeError) as error:
         raise CheckpointError(
@@ -125,10 +108,10 @@ def _layout(name: str, values: Mapping[str, Any]) -> ParameterLayout:
     stage, _, rest = name.partition("-")
     if rest and stage.isdecimal():
         raise FieldError(f"{name} belongs to a stage of a pipeline")
-    more = [key for key, value in values.items() if key not in _LAYOUT_KEYS[:2] and value]
+    more = [key for key, value in values.items() if key not in LAYOUT_KEYS[:2] and value]
     if more:
         raise FieldError(f"{name} has {more[0]} {values[more[0]]!r:.100}, which is not read")
-    devices, axes = (_integers(name, key, values.get(key, [])) for key in _LAYOUT_KEYS[:2])
+    devices, axes = (_integers(name, key, values.get(key, [])) for key in LAYOUT_KEYS[:2])
     fits = all(0 < length < 1 << 20 for length in devices)
     if not fits or not all(-1 <= at < len(devices) for at in axes):
         raise FieldError(f"{name} has dev_matrix {list(devices)} and tensor_map {list(axes)}")
@@ -148,56 +131,3 @@ def _read_json(path: Path) -> dict[str, Mapping[str, Any]]:
     if not isinstance(items, dict) or not all(isinstance(item, dict) for item in items.values()):
         raise FieldError("it has no parallel_layout_item")
     return items
-
-
-def _read_binary(path: Path) -> dict[str, Mapping[str, Any]]:
-    found: dict[str, Mapping[str, Any]] = {}
-    with path.open("rb") as file:
-        for field in fields(file, 0, path.stat().st_size):
-            if field.number not in (1, 2, 3):
-                raise FieldError(f"it has a field {field.number}")
-            if field.number == 3:
-                name, values = _read_item(file, field)
-                if name in found:
-                    raise FieldError(f"{name} is in it twice")
-                found[name] = values
-    if not found:
-        raise FieldError("it names no parameter")
-    return found
-
-
-def _read_item(file: BinaryIO, item: Field) -> tuple[str, dict[str, Any]]:
-    held = list(_message(file, item))
-    if [field.number for field in held] != [1, 2] or not held[1].is_bytes:
-        raise FieldError(f"at byte {item.start:,} there is no layout of a parameter")
-    name = read_bytes(file, held[0], _MOST_NAME_BYTES).decode(errors="replace")
-    if not name.isprintable():
-        raise FieldError(f"at byte {item.start:,} a name is no text")
-    return name, _read_layout(file, held[1])
-
-
-def _read_layout(file: BinaryIO, layout: Field) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for field in _message(file, layout):
-        if field.number > len(_LAYOUT_KEYS) or field.is_bytes != (field.number < 5):
-            raise FieldError(f"at byte {field.start:,} there is no field of a layout")
-        key = _LAYOUT_KEYS[field.number - 1]
-        if key in values:
-            raise FieldError(f"at byte {field.start:,} there is a second {key}")
-        values[key] = _dims(file, field) if field.is_bytes else signed(field.value)
-    return values
-
-
-def _dims(file: BinaryIO, message: Field) -> list[int]:
-    found: list[int] = []
-    for field in _message(file, message):
-        if field.number != 1 or len(found) > _MOST_DIMS:
-            raise FieldError(f"at byte {field.start:,} there is no list of lengths")
-        found += map(signed, numbers(file, field, most=10 * _MOST_DIMS))
-    return found
-
-
-def _message(file: BinaryIO, field: Field) -> Any:
-    if not field.is_bytes:
-        raise FieldError(f"at byte {field.start:,} there is a number for a message")
-    return fields(file, field.start, field.stop)

@@ -6,17 +6,21 @@ import hashlib
 import json
 import math
 import zlib
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
-from itertools import accumulate
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parallel.checkpoint.mapped_file import MappedFile
+from parallel.checkpoint.readers.chunks import (
+    StoredTensor,
+    byte_index,
+    byte_shape,
+    row_runs,
+    stretches,
+)
 from parallel.checkpoint.readers.mindspore_records import (
     TRAILER_BYTES,
     Records,
-    StoredTensor,
     scan_records,
 )
 from parallel.checkpoint.readers.protobuf_fields import FieldError
@@ -65,15 +69,15 @@ class MindSporeFile:
         shape = index_shape(index)
         if 0 in shape:
             return torch.empty(shape, dtype=dtype)
-        return self._read_bytes(stored, _byte_index(stored, index)).view(dtype).reshape(shape)
+        return self._read_bytes(stored, byte_index(stored, index)).view(dtype).reshape(shape)
 
     def prefetch(self, name: str, index: Index) -> None:
         """Whole rows are asked for, as a slice of columns touches the pages of nearly all."""
         stored = self._stored[name]
-        shape = _byte_shape(stored)
-        rows = _byte_index(stored, index)[0]
+        shape = byte_shape(stored)
+        rows = byte_index(stored, index)[0]
         row_bytes = math.prod(shape[1:])
-        for offset, num_bytes in _stretches(stored, rows.start * row_bytes, rows.stop * row_bytes):
+        for offset, num_bytes in stretches(stored, rows.start * row_bytes, rows.stop * row_bytes):
             self._mapped.prefetch(offset, num_bytes)
 
     def identity(self) -> dict[str, Any]:
@@ -114,7 +118,7 @@ class MindSporeFile:
         import torch
 
         rows, columns = index[0], index[1:]
-        runs = list(_runs(stored, rows.start, rows.stop))
+        runs = list(row_runs(stored, rows.start, rows.stop))
         if len(runs) == 1:
             view = self._rows(stored, *runs[0])[:, *columns]
             is_aligned = view.data_ptr() % stored.item_bytes == 0
@@ -129,11 +133,11 @@ class MindSporeFile:
         """Bytes of the rows of one run, all columns: a view, or a row that is joined."""
         import torch
 
-        shape = (stop - start, *_byte_shape(stored)[1:])
+        shape = (stop - start, *byte_shape(stored)[1:])
         row_bytes = math.prod(shape[1:])
         parts = [
             self._mapped.tensor(offset, (num_bytes,), "uint8")
-            for offset, num_bytes in _stretches(stored, start * row_bytes, stop * row_bytes)
+            for offset, num_bytes in stretches(stored, start * row_bytes, stop * row_bytes)
         ]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(shape)
 
@@ -143,39 +147,6 @@ def _fresh(view: Tensor) -> Tensor:
     import torch
 
     return torch.empty(view.shape, dtype=view.dtype).copy_(view)
-
-
-def _byte_shape(stored: StoredTensor) -> tuple[int, ...]:
-    """The shape with entries as a last dimension of bytes; a vector's entries are rows of one."""
-    *rest, last = stored.shape if len(stored.shape) > 1 else (*(stored.shape or (1,)), 1)
-    return (*rest, last * stored.item_bytes)
-
-
-def _byte_index(stored: StoredTensor, index: Index) -> Index:
-    """An index into the tensor as one into `_byte_shape`."""
-    *rest, last = index if len(index) > 1 else (*(index or (slice(0, 1),)), slice(0, 1))
-    return (*rest, slice(last.start * stored.item_bytes, last.stop * stored.item_bytes))
-
-
-def _runs(stored: StoredTensor, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Rows [start, stop) in runs: those that one chunk has whole, or one that several share."""
-    row_bytes = math.prod(_byte_shape(stored)[1:])
-    ends = list(accumulate(chunk.num_bytes for chunk in stored.chunks))
-    while start < stop:
-        chunk_end = ends[bisect_right(ends, start * row_bytes)]
-        run_stop = min(stop, max(chunk_end // row_bytes, start + 1))
-        yield start, run_stop
-        start = run_stop
-
-
-def _stretches(stored: StoredTensor, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Where the bytes [start, stop) of a tensor lie: offset in the file, and how many."""
-    begin = 0
-    for chunk in stored.chunks:
-        first, last = max(start, begin), min(stop, begin + chunk.num_bytes)
-        if first < last:
-            yield chunk.offset + first - begin, last - first
-        begin += chunk.num_bytes
 
 
 def _scan(path: Path, size: int) -> Records:

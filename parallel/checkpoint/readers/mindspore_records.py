@@ -9,11 +9,11 @@ compares names. Needs no torch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from parallel.checkpoint.readers.chunks import Chunk, StoredTensor
 from parallel.checkpoint.readers.protobuf_fields import (
     Field,
     FieldError,
@@ -21,7 +21,6 @@ from parallel.checkpoint.readers.protobuf_fields import (
     numbers,
     read_bytes,
 )
-from parallel.placement import Shape
 
 # MindSpore's name of a dtype: torch's, and bytes of an entry. An entry of Int4 (qint4x2) is a byte
 # with two values, of which the shape counts one.
@@ -38,33 +37,6 @@ TRAILER_BYTES = len(_SUM_WORD) + 10
 _KEY_SUFFIX = ".__param_key__"
 _MOST_DIMS = 8
 _MOST_NAME_BYTES = 1024
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A stretch of the file with consecutive bytes of one tensor."""
-
-    offset: int
-    num_bytes: int
-
-
-@dataclass
-class StoredTensor:
-    """A tensor as it lies in the file: C order, little-endian, in chunks one after the other.
-
-    Attributes:
-        word: MindSpore's name of the dtype.
-    """
-
-    word: str
-    dtype: str
-    item_bytes: int
-    shape: Shape
-    chunks: list[Chunk]
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.item_bytes
 
 
 @dataclass(frozen=True)
