@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -546,6 +548,36 @@ def test_quant_that_contradicts_is_refused_and_what_agrees_is_taken(written, tmp
     agreed = checkpoint.layout(case.quant_scheme())
     planned = describe_layout(path, QuantScheme(), {}, vocab_emb_dp=False)
     assert planned.schemes == agreed.schemes == checkpoint.layout(QuantScheme()).schemes
+
+
+def test_ranks_of_a_16_bit_model_with_biases_are_joined(tmp_path):
+    """Scales in the dtype of the weights, as theirs are; norms in float32."""
+    family = {"architectures": ["Qwen2ForCausalLM"], "dtype": torch.float16}
+    origin = write_checkpoint(tmp_path / "hf", **family, **SIZES)
+    weights = load_file(origin / "model.safetensors")
+    mixed = {name: at.float() if "norm" in name else at for name, at in weights.items()}
+    save_file(mixed, origin / "model.safetensors")
+    truth = merged(prepare(origin, tmp_path / "tp1", 1, RTN))
+    model = {**MODEL, "qkv_has_bias": True, "compute_dtype": "float16"}
+    tensors, block = their_tensors(truth, rtn_06), CASES["rtn 0.6"].yaml_block()
+    path = write_directory(tmp_path / "gs", tensors, model, block, size=2)
+    assert is_equal(merged(prepare(path, tmp_path / "again", 4, QuantScheme())), truth)
+    assert truth[f"{GATE}.weight_scale"].dtype == torch.float16
+
+
+def test_opening_and_planning_import_no_torch(written, tmp_path):
+    block = CASES["ptq 1 w8a8"].yaml_block()
+    path = write_directory(tmp_path / "gs", written("ptq 1 w8a8"), MODEL, block, size=2)
+    script = (
+        "import sys; from pathlib import Path; from quant.scheme import QuantScheme; "
+        "from parallel.checkpoint.open import open_checkpoint, describe_layout; "
+        f"path = Path({str(path)!r}); open_checkpoint(path).layout(QuantScheme()); "
+        "describe_layout(path, QuantScheme(), {}, vocab_emb_dp=False); print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"
 
 
 def test_a_config_json_beside_the_yaml_says_the_shape(written, tmp_path):

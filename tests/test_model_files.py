@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from launcher.config_file import read_config_file
 from launcher.failures import ConfigError
@@ -20,6 +21,8 @@ from parallel.errors import CheckpointError, ModelError
 from parallel.model.config import ModelConfig
 from quant.scheme import QuantScheme
 from tests.checkpoints import CONFIG, write_checkpoint
+from tests.golden_stick import their_name
+from tests.mindspore_checkpoints import write_ckpt
 from tests.models import RTN, generate
 from tests.test_prepared import prepare
 
@@ -222,3 +225,10 @@ def test_a_prepared_directory_has_a_config_json_made_from_the_yaml(original, des
     assert values == read_config_values(described)
     assert open_checkpoint(prepared).config == open_checkpoint(described).config
     assert generate(prepared, [[1, 7]], 2) == generate(original, [[1, 7]], 1, scheme=RTN)
+
+
+def test_yaml_and_one_ckpt_give_the_text_of_the_same_checkpoint(original, tmp_path):
+    weights = load_file(original / "model.safetensors")
+    write_ckpt(tmp_path / "llama.ckpt", {their_name(name): at for name, at in weights.items()})
+    write_yaml(tmp_path / "predict_llama2.yaml")
+    assert generate(tmp_path, [[1, 7, 99]], 2) == generate(original, [[1, 7, 99]], 1)

@@ -20,6 +20,7 @@ from parallel.checkpoint.mindformers.directory import (
     is_model_file,
     read_model_file,
 )
+from parallel.checkpoint.readers.golden_stick_finder import find_parts
 from parallel.checkpoint.readers.golden_stick_names import (
     KEY_SCALE,
     SCALE,
@@ -27,7 +28,7 @@ from parallel.checkpoint.readers.golden_stick_names import (
     WEIGHT,
     is_quantized_name,
 )
-from parallel.checkpoint.readers.golden_stick_parts import LinearParts, Parts, find_parts
+from parallel.checkpoint.readers.golden_stick_parts import LinearParts, Parts
 from parallel.checkpoint.readers.mindformers_files import open_ranks
 from parallel.checkpoint.source import TensorFile, TensorInfo
 from parallel.errors import CheckpointError
@@ -151,7 +152,7 @@ class GoldenStickSource:
             self._checked.add(parts.module)
 
     def _read_cache(self, module: str, kind: str, index: Index) -> Tensor:
-        from parallel.checkpoint.readers.golden_stick_values import check_cache
+        from parallel.checkpoint.readers.golden_stick_cache import check_cache
 
         parts = self._parts.caches[module]
         if module not in self._checked:

@@ -13,33 +13,23 @@ import torch
 from torch import Tensor
 
 from parallel.checkpoint.readers.golden_stick_names import (
-    BOTH_SCALES,
-    BOTH_ZEROS,
     CORRECTION,
     INPUT_SCALE,
     INPUT_ZERO,
-    KEY_SCALE,
-    KEY_SCALE_COPY,
-    KEY_ZERO,
-    KEY_ZERO_COPY,
     ORDER,
     PRODUCT_SCALE,
     SCALE,
     SHIFT,
     SMOOTH,
-    VALUE_SCALE,
-    VALUE_SCALE_COPY,
-    VALUE_ZERO,
-    VALUE_ZERO_COPY,
     WEIGHT,
     ZERO,
 )
-from parallel.checkpoint.readers.golden_stick_parts import CacheParts, LinearParts, StoredPart
+from parallel.checkpoint.readers.golden_stick_parts import LinearParts, StoredPart
 from parallel.errors import CheckpointError
 from parallel.placement import Index
 from quant.numeric import pack_int4, unpack_int4
 
-_REMEDY = "give the unquantized checkpoint and quantize it with shardrun prepare."
+REMEDY = "give the unquantized checkpoint and quantize it with shardrun prepare."
 _NEUTRAL = {
     ZERO: (0, "zero points of its weight"),
     INPUT_ZERO: (0, "zero points of its input (asymmetric activations)"),
@@ -48,7 +38,7 @@ _NEUTRAL = {
     SMOOTH: (1, "factors of its input channels (smoothing when it runs)"),
 }
 # Two scales of 11 bits and their product, each rounded.
-_CLOSE = 2.0**-9
+CLOSE = 2.0**-9
 
 
 def check_linear(parts: LinearParts, path: Path) -> None:
@@ -57,7 +47,7 @@ def check_linear(parts: LinearParts, path: Path) -> None:
         if kind in parts and not bool((parts[kind].whole() == value).all()):
             raise CheckpointError(
                 f"{path}: {parts[kind].stored} holds {what}, which must all be {value} to be computed "
-                f"here, but are not; {_REMEDY}"
+                f"here, but are not; {REMEDY}"
             )
     if ORDER in parts:
         _check_order(parts[ORDER], path)
@@ -100,7 +90,7 @@ def input_scale(parts: LinearParts) -> Tensor:
         raise CheckpointError(
             f"{stored.info.file}: {stored.stored} must be one scale for all channels of the input, but "
             f"they differ from {scale.min():.6g} to {scale.max():.6g}, which is smoothing when it runs; "
-            f"{_REMEDY}"
+            f"{REMEDY}"
         )
     return scale[:1].clone()
 
@@ -134,41 +124,13 @@ def transposed(parts: LinearParts, index: Index) -> Tensor:
     return pack_int4(wanted.T.contiguous())
 
 
-def check_cache(parts: CacheParts, path: Path) -> None:
-    """Raises CheckpointError for zero points that are not zero, or copies that say something else."""
-    for kind in (KEY_ZERO, VALUE_ZERO, KEY_ZERO_COPY, VALUE_ZERO_COPY, BOTH_ZEROS):
-        if kind in parts and bool((parts[kind].whole() != 0).any()):
-            raise CheckpointError(
-                f"{path}: {parts[kind].stored} holds zero points of the KV cache, which must all be 0 "
-                f"to be computed here, but are not; {_REMEDY}"
-            )
-    pair = as_floats(parts[BOTH_SCALES]) if BOTH_SCALES in parts else (None, None)
-    for kind, copy_kind, half in (
-        (KEY_SCALE, KEY_SCALE_COPY, pair[0]),
-        (VALUE_SCALE, VALUE_SCALE_COPY, pair[1]),
-    ):
-        scale = parts[kind].whole()
-        copy = as_floats(parts[copy_kind]) if copy_kind in parts else None
-        for found, name in ((half, BOTH_SCALES), (copy, copy_kind)):
-            if found is not None and not _is_copy(found, scale):
-                raise CheckpointError(
-                    f"{path}: {parts[name].stored} must hold the scales of {parts[kind].stored}, but "
-                    "does not; quantize the checkpoint again."
-                )
-
-
-def _is_copy(found: Tensor, scale: Tensor) -> bool:
-    """Equal but for the rounding of either to 16 bits."""
-    return bool(((found.float() - scale.float()).abs() <= _CLOSE * scale.float()).all())
-
-
 def _check_order(stored: StoredPart, path: Path) -> None:
     for piece in stored.tensor.pieces:
         found = piece.read(piece.place)
         if not torch.equal(found.long(), torch.arange(len(found))):
             raise CheckpointError(
                 f"{path}: {stored.stored} says that the input channels are in another order, in which "
-                f"they cannot be computed here; {_REMEDY}"
+                f"they cannot be computed here; {REMEDY}"
             )
 
 
@@ -182,14 +144,14 @@ def _check_equal(parts: LinearParts, kind: str, path: Path) -> None:
             raise CheckpointError(
                 f"{path}: {parts[kind].stored} must be equal on all ranks, but differs on rank {rank}: "
                 "each rank has scaled its own part of the rows, while here a row that ranks share has "
-                f"one scale; {_REMEDY}"
+                f"one scale; {REMEDY}"
             )
 
 
 def _check_product(parts: LinearParts, path: Path) -> None:
     product = as_floats(parts[PRODUCT_SCALE])
     expected = input_scale(parts) * parts[SCALE].whole().float()
-    if not bool(((product - expected).abs() <= _CLOSE * expected).all()):
+    if not bool(((product - expected).abs() <= CLOSE * expected).all()):
         raise CheckpointError(
             f"{path}: {parts[PRODUCT_SCALE].stored} must be {parts[INPUT_SCALE].stored} times "
             f"{parts[SCALE].stored}, but is not; quantize the checkpoint again."
