@@ -158,7 +158,7 @@ UNREADABLE = {
     "aliases that multiply": (BOMB, f"stand for more than {MOST_VALUES:,} values"),
     "merges that multiply": (MERGES, f"stand for more than {MOST_VALUES:,} values"),
     "alias of itself": ("a: &a [*a]\n", "alias for what the alias stands in"),
-    "deep": ("[" * 20000, "nests too deeply"),
+    "deep": ("- " * 20000, "nests too deeply"),
     "not YAML": ("model: [1\n", "not readable YAML"),
     "no such day": ("day: 2024-02-31\n", "not readable YAML"),
     "long number": (f"n: {'9' * 5000}\n", "not readable YAML"),

@@ -59,7 +59,7 @@ def check_used_up(
         for kind, place in parts.items():
             raise CheckpointError(
                 f"{path} holds {place.stored} ({kind}), but {yaml.name} "
-                f"{_contrary(module, kind, schemes)}; use the YAML that the checkpoint was quantized with."
+                f"{_contrary(module, kind, schemes)}; use the YAML that it was quantized with."
             )
 
 
