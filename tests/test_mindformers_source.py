@@ -208,11 +208,11 @@ FORMS = {
 }
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2, bf16"])
+@pytest.fixture(scope="module", params=["llama with biases", "qwen2, bf16"])
 def tiny(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("tiny") / "hf"
-    if request.param == "llama":
-        return write_checkpoint(path, **SMALL)
+    if request.param == "llama with biases":
+        return write_checkpoint(path, **SMALL, attention_bias=True, mlp_bias=True)
     names = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
     return write_checkpoint(path, dtype=torch.bfloat16, **SMALL, **names)
 
@@ -407,13 +407,14 @@ def test_ranks_that_do_not_fit_each_other_are_refused(tmp_path, message):
 
 def test_large_copies_are_compared_at_their_ends(tmp_path):
     """More would be reading them twice."""
-    tiny = write_checkpoint(tmp_path / "hf", **{**SMALL, "vocab_size": 1024})
+    tiny = write_checkpoint(tmp_path / "hf", **{**SMALL, "vocab_size": 2048})
     path = ranks(tiny, copy_beside(tiny, tmp_path / "ranks"), 2)
-    rewrite(path / "rank_1/checkpoint_1.ckpt", lambda held: held[EMBEDDING][500].add_(1))
+    rewrite(path / "rank_1/checkpoint_1.ckpt", lambda held: held[EMBEDDING][1000].add_(1))
     source = open_checkpoint(path).source
-    source.read("model.embed_tokens.weight", (slice(0, 1024), slice(0, 32)))
-    with pytest.raises(CheckpointError, match="must hold the same"):
-        source.read("model.embed_tokens.weight", (slice(0, 501), slice(0, 32)))
+    source.read("model.embed_tokens.weight", (slice(0, 2048), slice(0, 32)))
+    for rows in (slice(0, 1001), slice(1000, 2048), slice(990, 1010)):
+        with pytest.raises(CheckpointError, match="must hold the same"):
+            source.read("model.embed_tokens.weight", (rows, slice(0, 32)))
 
 
 def test_ranks_of_another_number_are_refused(tmp_path):

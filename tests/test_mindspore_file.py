@@ -66,6 +66,7 @@ def test_every_slice_is_read_whatever_the_chunks(tmp_path, slice_bytes, crc):
             assert torch.equal(found, tensor[index])
             assert found.dtype == tensor.dtype
             assert found.is_contiguous()
+            assert found.data_ptr() % tensor.element_size() == 0
     assert file.check_sum() is crc
 
 
@@ -171,6 +172,8 @@ BAD_RECORDS = {
     "a record of another kind": field(7, b"1"),
     "twice": record("w", [1], "Int8", b"1") + record("v", [1], "Int8", b"1")
     + record("w", [1], "Int8", b"1"),
+    "chunks apart": record("w", [2], "Int8", b"1") + record("v", [1], "Int8", b"1")
+    + record("w", [2], "Int8", b"1"),
     "twice in a row": record("w", [1], "Int8", b"1") * 2,
     "chunks of two shapes": record("w", [2], "Int8", b"1") + record("w", [1, 2], "Int8", b"1"),
     "huge length": b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\x7f" + b"\x00" * 40,

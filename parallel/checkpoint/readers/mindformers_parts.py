@@ -14,8 +14,8 @@ from parallel.checkpoint.source import TensorFile, TensorInfo
 from parallel.errors import CheckpointError
 from parallel.placement import Index, Shape
 
-# Which axis MindFormers cuts for tensor parallelism; norms, and biases of the second kind, are whole
-# on every rank, and where the sizes do not divide, so are the embedding and lm_head.
+# Which axis MindFormers cuts for tensor parallelism, unless the ranks' parts are as large as the whole:
+# so are norms and biases of the second kind, and perhaps the embedding and lm_head.
 _CUT_ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head")
 _CUT_COLUMNS = ("o_proj", "down_proj")
 
@@ -165,10 +165,10 @@ def _fused_shape(shapes: Sequence[Shape]) -> Shape:
 
 def _cut_axis(name: str) -> int | None:
     """Of a weight or bias by Hugging Face's name."""
-    module, _, kind = name.rpartition(".")
+    module = name.rpartition(".")[0]
     if module.endswith(_CUT_ROWS):
         return 0
-    return 1 if module.endswith(_CUT_COLUMNS) and kind == "weight" else None
+    return 1 if module.endswith(_CUT_COLUMNS) else None
 
 
 def _by_rule(axis: int | None, num_axes: int, num_ranks: int) -> _Cut:

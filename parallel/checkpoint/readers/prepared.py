@@ -34,6 +34,7 @@ class PreparedSource:
 
     Attributes:
         size: the tensor-parallel size it was cut for; any slice can be read all the same.
+        ranks: whose shards are there; all, unless `prepare.ranks` named some.
         scheme: how its weights are quantized.
         vocab_emb_dp: whether every rank has the whole embedding.
 
@@ -49,23 +50,29 @@ class PreparedSource:
         self.size: int = self.manifest["mesh"]["tp"]
         self.scheme = QuantScheme.from_dict(self.manifest["scheme"])
         self.vocab_emb_dp: bool = self.manifest["vocab_emb_dp"]
+        self.ranks: tuple[int, ...] = tuple(self.manifest["ranks"])
         self._shards = {name: _shards(entry) for name, entry in self._entries()}
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(tuple(entry["shape"]), entry["dtype"], MANIFEST)
             for name, entry in self._entries()
         }
-        self._files = [
-            SafetensorsFile(path / f"rank_{rank}" / SHARD_FILE) for rank in range(self.size)
-        ]
-        for rank in range(self.size):
+        self._files = {
+            rank: SafetensorsFile(path / f"rank_{rank}" / SHARD_FILE) for rank in self.ranks
+        }
+        for rank in self.ranks:
             self._check_file(rank)
 
     def read(self, name: str, index: Index) -> Tensor:
-        """A slice of a global tensor: from one rank's file where it is whole there, else joined."""
-        for shard in self._shards[name]:
+        """A slice of a global tensor: from one rank's file where it is whole there, else joined.
+
+        Raises:
+            CheckpointError: a part of it is in no shard that is here.
+        """
+        here = [shard for shard in self._shards[name] if shard.rank in self._files]
+        for shard in here:
             if _contains(shard.index, index):
                 return self._read_shard(name, shard, index)
-        return self._join(name, index)
+        return self._join(name, here, index)
 
     def identity(self) -> dict[str, Any]:
         """That of the checkpoint it was prepared from."""
@@ -74,6 +81,10 @@ class PreparedSource:
     def slices(self, name: str) -> list[Index]:
         """The slice of a tensor that each rank's file holds."""
         return [shard.index for shard in self._shards[name]]
+
+    @property
+    def _has_gaps(self) -> bool:
+        return len(self.ranks) < self.size
 
     def _entries(self) -> list[tuple[str, dict[str, Any]]]:
         return list(self.manifest["tensors"].items())
@@ -85,12 +96,14 @@ class PreparedSource:
         )
         return self._files[shard.rank].read(name, local)
 
-    def _join(self, name: str, index: Index) -> Tensor:
+    def _join(self, name: str, here: list[_Shard], index: Index) -> Tensor:
         import torch
 
         info = self.tensors[name]
         joined = torch.empty(index_shape(index), dtype=getattr(torch, info.dtype))
-        for shard in self._shards[name]:
+        found = torch.zeros(joined.shape, dtype=torch.bool) if self._has_gaps else None
+        # Ranks that share a kv head have the same slice.
+        for shard in {str(shard.index): shard for shard in here}.values():
             common = _intersection(shard.index, index)
             if common is not None:
                 target = tuple(
@@ -98,6 +111,14 @@ class PreparedSource:
                     for cut, base in zip(common, index, strict=True)
                 )
                 joined[target] = self._read_shard(name, shard, common)
+                if found is not None:
+                    found[target] = True
+        if found is not None and not found.all():
+            raise CheckpointError(
+                f"{self.path} has the shards of ranks {', '.join(map(str, self.ranks))} of "
+                f"{self.size} only, and a part of {name} is in none of them; prepare it again with "
+                "prepare.ranks of the ranks that run here."
+            )
         return joined
 
     def _check_file(self, rank: int) -> None:
@@ -146,6 +167,9 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
         raise ValueError(f"complete is {manifest['complete']!r}, tp is {size!r}")
     if len(manifest["mesh"]) != 1:
         raise ValueError(f"the mesh is {manifest['mesh']!r}, of which only tp is known")
+    ranks = manifest["ranks"]
+    if not ranks or sorted(set(ranks)) != sorted(ranks) or not set(ranks) <= set(range(size)):
+        raise ValueError(f"ranks is {ranks!r}, tp is {size}")
     if type(manifest["vocab_emb_dp"]) is not bool or type(manifest["source"]) is not dict:
         raise ValueError("vocab_emb_dp or source is of another type")
     QuantScheme.from_dict(manifest["scheme"])
