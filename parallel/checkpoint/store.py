@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from parallel.checkpoint.compressed_config import without_quantization
+from parallel.checkpoint.config_values import read_config_values
 from parallel.checkpoint.conversion import Conversion, ShardFile, num_bytes, rows_by_source
-from parallel.checkpoint.json_file import read_json_object
 from parallel.checkpoint.layout import Layout
 from parallel.checkpoint.manifest import write_manifest
 from parallel.checkpoint.readers.prepared import FORMAT_VERSION
@@ -60,7 +60,7 @@ def write_prepared(
     """
     group = group or LoneGroup()
     ranks = tuple(range(size)) if ranks is None else tuple(ranks)
-    config = _own_config(read_json_object(source.path / "config.json"), overrides or {})
+    config = _own_config(read_config_values(source.path), overrides or {})
     unfinished = Unfinished(output, _arguments(layout, source, size, ranks, config))
     with _owned(group, unfinished):
         if group.rank == 0:

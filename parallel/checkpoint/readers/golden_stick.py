@@ -129,7 +129,7 @@ class GoldenStickSource:
         if kind == INPUT_SCALE_NAME:
             return input_scale(parts)[index]
         if kind == "weight" + SCALE_SUFFIX:
-            return weight_scale(parts)[index].contiguous()
+            return weight_scale(parts, index)
         return transposed(parts, index) if parts.scheme.bits == 4 else parts.read(WEIGHT, index)
 
     def identity(self) -> dict[str, Any]:
@@ -172,7 +172,7 @@ class GoldenStickSource:
                 TensorInfo((rows, num_bytes), STORED_DTYPES[parts.scheme.weight_dtype], file),
             )
             dtype = parts[SCALE].info.dtype if SCALE in parts else "float32"
-            num_groups = columns // (parts.scheme.group_size or columns)
+            num_groups = parts.num_groups
             yield name + SCALE_SUFFIX, TensorInfo((rows, num_groups), dtype, file)
             if parts.scheme.is_static:
                 yield f"{parts.module}.{INPUT_SCALE_NAME}", TensorInfo((1,), "float32", file)

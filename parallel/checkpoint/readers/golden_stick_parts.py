@@ -57,6 +57,11 @@ class LinearParts:
     is_row_parallel: bool
     parts: Mapping[str, StoredPart]
 
+    @property
+    def num_groups(self) -> int:
+        """Scales of each row."""
+        return self.shape[1] // (self.scheme.group_size or self.shape[1])
+
     def __contains__(self, kind: str) -> bool:
         return kind in self.parts
 

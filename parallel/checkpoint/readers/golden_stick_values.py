@@ -24,7 +24,7 @@ from parallel.checkpoint.readers.golden_stick_names import (
     WEIGHT,
     ZERO,
 )
-from parallel.checkpoint.readers.golden_stick_parts import LinearParts, StoredPart
+from parallel.checkpoint.readers.golden_stick_parts import LinearParts, StoredPart, whole_index
 from parallel.errors import CheckpointError
 from parallel.placement import Index
 from quant.numeric import pack_int4, unpack_int4
@@ -54,7 +54,7 @@ def check_linear(parts: LinearParts, path: Path) -> None:
     for kind in (SCALE, PRODUCT_SCALE):
         if kind in parts:
             _check_equal(parts, kind, path)
-    scale = weight_scale(parts)
+    scale = weight_scale(parts, whole_index((parts.shape[0], parts.num_groups)))
     if not bool((scale.isfinite() & (scale >= 0)).all()):
         stored = parts[SCALE if SCALE in parts else PRODUCT_SCALE].stored
         raise CheckpointError(
@@ -65,12 +65,14 @@ def check_linear(parts: LinearParts, path: Path) -> None:
         _check_product(parts, path)
 
 
-def weight_scale(parts: LinearParts) -> Tensor:
-    """[out, groups], as it is stored; of a product's scale divided by the input's in float32."""
+def weight_scale(parts: LinearParts, index: Index) -> Tensor:
+    """A slice of [out, groups], as it is stored, or the scale of the product divided by the input's."""
+    rows, groups = index
+    if parts.scheme.group_size is not None:
+        return parts.read(SCALE, (groups, rows)).T.contiguous()
     if SCALE in parts:
-        scale = parts[SCALE].whole()
-        return scale.T.contiguous() if scale.dim() == 2 else scale.unsqueeze(1)
-    return (as_floats(parts[PRODUCT_SCALE]) / input_scale(parts)).unsqueeze(1)
+        return parts.read(SCALE, (rows,)).unsqueeze(1)
+    return (as_floats(parts[PRODUCT_SCALE]) / input_scale(parts))[rows].unsqueeze(1)
 
 
 def input_scale(parts: LinearParts) -> Tensor:
