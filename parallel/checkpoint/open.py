@@ -29,7 +29,13 @@ from parallel.checkpoint.readers.golden_stick import (
     check_unquantized,
     find_quantization,
 )
-from parallel.checkpoint.readers.huggingface import INDEX_NAME, HuggingFaceSource, read_index
+from parallel.checkpoint.readers.huggingface import (
+    BIN_INDEX_NAME,
+    INDEX_NAME,
+    HuggingFaceSource,
+    read_index,
+)
+from parallel.checkpoint.readers.meta import MetaSource, is_meta
 from parallel.checkpoint.readers.mindformers import MindFormersSource
 from parallel.checkpoint.readers.mindformers_files import is_mindformers
 from parallel.checkpoint.readers.mindformers_names import by_hf_names
@@ -41,8 +47,6 @@ from parallel.errors import CheckpointError
 from parallel.model.config import ModelConfig, override_config, token_ids
 from parallel.model.placements import Row, linear_modules, placement_table
 from quant.scheme import QuantScheme
-
-BIN_INDEX_NAME = "pytorch_model.bin.index.json"
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ class Checkpoint:
 def open_checkpoint(
     path: Path, overrides: Mapping[str, Any] | None = None, *, key: str = "checkpoint"
 ) -> Checkpoint:
-    """Open a Hugging Face directory or one that `prepare` wrote.
+    """Open a directory of Hugging Face's, of Meta's, or one that `prepare` wrote.
 
     Args:
         overrides: values that stand in for those of config.json, by its names.
@@ -139,7 +143,11 @@ def open_random(values: Mapping[str, Any], scheme: QuantScheme, seed: int) -> Ch
 
 
 def read_config(path: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """`config.json` of a directory, or what stands in for it, with overrides; no weight is read."""
+    """`config.json` of a directory, with overrides; the weights are not looked at.
+
+    Where there is none, it is what Meta's params.json or MindFormers' YAML says in other words, with
+    what the headers of Meta's files say.
+    """
     check_directory(path, "checkpoint")
     return override_config(read_config_values(path), overrides or {})
 
@@ -178,6 +186,8 @@ def _model_config(values: dict[str, Any], path: Path) -> ModelConfig:
 def _open_source(path: Path, config: ModelConfig, values: dict[str, Any]) -> Source:
     if is_prepared(path):
         return PreparedSource(path)
+    if is_meta(path):
+        return MetaSource(path, config)
     if (said := find_quantization(path)) is not None:
         return GoldenStickSource(path, config, said)
     if not is_compressed(values) and is_mindformers(path):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from parallel.checkpoint.config_values import CONFIG, read_config_values
+from parallel.checkpoint.open import read_config
 from parallel.checkpoint.regular_file import check_regular
 
 COPIED_FILES = (
@@ -23,13 +23,13 @@ def copy_files(
 ) -> None:
     """Copy what there is of them, byte for byte but for what `edit` changes in config.json.
 
-    Where another file says what the model is, a config.json is made from it.
+    A source whose model stands in another file (Meta's params.json) gets a config.json.
     """
     for name in COPIED_FILES:
         if (source / name).exists():
             check_regular(source / name)
             shutil.copyfile(source / name, directory / name)
-    config = read_config_values(source)
-    if (edited := edit(config)) != config or not (source / CONFIG).exists():
+    config = read_config(source)
+    if (edited := edit(config)) != config or not (directory / "config.json").exists():
         text = json.dumps(edited, indent=2, ensure_ascii=False)
-        (directory / CONFIG).write_text(text + "\n", encoding="utf-8")
+        (directory / "config.json").write_text(text + "\n", encoding="utf-8")
