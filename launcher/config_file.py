@@ -12,6 +12,7 @@ import yaml
 from launcher.failures import ConfigError
 from launcher.mindformers.translation import is_mindformers, translate
 from launcher.schema import VERBATIM, keys
+from parallel.checkpoint.mindformers.yaml_file import parse_yaml, where
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -32,26 +33,19 @@ def _load(path: Path) -> dict[str, Any]:
     if path.exists() and not path.is_file():
         raise ConfigError(f"`config` {path} must be a regular file, but is none; give a YAML file.")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
             f"`config` {path} cannot be read ({error.strerror}); give a YAML file."
         ) from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or the 31st of February
-        raise ConfigError(f"`config` {path} is not YAML ({_where(error)}); correct it.") from error
+        raise ConfigError(f"`config` {path} is not YAML ({where(error)}); correct it.") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(
             f"`config` {path} must be a mapping of keys, but holds {_kind(values)}; "
             "write `key: value` lines."
         )
     return values
-
-
-def _where(error: Exception) -> str:
-    """A parser's several lines as one."""
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        return f"line {error.problem_mark.line + 1}: {error.problem}"
-    return " ".join(str(error).split())
 
 
 def _kind(values: Any) -> str:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from launcher.mindformers.file import ReadFile, is_true
-
-SAMPLING = ("temperature", "top_k", "top_p")
-LENGTHS = ("max_new_tokens", "max_length", "max_decode_length")
+from parallel.checkpoint.mindformers.file import ReadFile, is_true
+from parallel.checkpoint.mindformers.shape import LENGTHS, SAMPLING
 
 
 def take_generation(file: ReadFile, given: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from launcher.mindformers.file import RUNTIME, TRAINING, ReadFile, is_blank, is_true
+from parallel.checkpoint.mindformers.file import RUNTIME, TRAINING, ReadFile, is_blank, is_true
 
 
 def take_checkpoint(

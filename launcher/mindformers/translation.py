@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from launcher.failures import ConfigError
-from launcher.mindformers.file import TRAINING, ReadFile, check_absent, is_blank
 from launcher.mindformers.model import take_model
 from launcher.mindformers.run import take_checkpoint, take_context, take_parallel
 from launcher.schema import GROUPS, keys
+from parallel.checkpoint.mindformers.file import TRAINING, ReadFile, check_absent, is_blank
 
 # Keys that only their files have at the top level.
 _MARKS = frozenset({
@@ -43,7 +43,7 @@ def translate(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     Raises:
         ConfigError: a key or value that would change the text and cannot be honoured.
     """
-    file = ReadFile(source)
+    file = ReadFile(source, ConfigError)
     model = file.mapping("model", values.get("model"))
     model_config = file.mapping("model.model_config", model.get("model_config"))
     take_checkpoint(file, values, model_config)

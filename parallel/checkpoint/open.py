@@ -13,6 +13,7 @@ from parallel.checkpoint.compressed_config import (
     without_quantization,
 )
 from parallel.checkpoint.compressed_groups import read_quantization, to_scheme
+from parallel.checkpoint.config_values import config_file, read_config_values
 from parallel.checkpoint.json_file import read_json_object
 from parallel.checkpoint.layout import (
     SCALE_SUFFIX,
@@ -23,6 +24,11 @@ from parallel.checkpoint.layout import (
     make_layout,
 )
 from parallel.checkpoint.readers.compressed import CompressedSource, part_names
+from parallel.checkpoint.readers.golden_stick import (
+    GoldenStickSource,
+    check_unquantized,
+    find_quantization,
+)
 from parallel.checkpoint.readers.huggingface import (
     BIN_INDEX_NAME,
     INDEX_NAME,
@@ -30,7 +36,6 @@ from parallel.checkpoint.readers.huggingface import (
     read_index,
 )
 from parallel.checkpoint.readers.meta import MetaSource, is_meta
-from parallel.checkpoint.readers.meta_config import PARAMS, read_meta_config
 from parallel.checkpoint.readers.mindformers import MindFormersSource
 from parallel.checkpoint.readers.mindformers_files import is_mindformers
 from parallel.checkpoint.readers.mindformers_names import by_hf_names
@@ -69,7 +74,7 @@ class Checkpoint:
     @property
     def own_scheme(self) -> QuantScheme | None:
         """The scheme that its files bring, which no other can stand in for; None: they bring none."""
-        if isinstance(self.source, PreparedSource | CompressedSource):
+        if isinstance(self.source, PreparedSource | CompressedSource | GoldenStickSource):
             return self.source.scheme
         return None
 
@@ -85,8 +90,8 @@ class Checkpoint:
         if isinstance(self.source, RandomSource):
             assert scheme == self.source.scheme, "random weights are made for one scheme"
             return make_layout(self.config, scheme, vocab_emb_dp=vocab_emb_dp)
-        if isinstance(self.source, CompressedSource):
-            return _compressed_layout(self.config, self.source, scheme, vocab_emb_dp)
+        if isinstance(self.source, CompressedSource | GoldenStickSource):
+            return _quantized_layout(self.config, self.source, scheme, vocab_emb_dp)
         layout = self._make_layout(scheme, vocab_emb_dp)
         check_source(layout.table, self.source.tensors, str(self.path))
         return layout
@@ -140,13 +145,11 @@ def open_random(values: Mapping[str, Any], scheme: QuantScheme, seed: int) -> Ch
 def read_config(path: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """`config.json` of a directory, with overrides; the weights are not looked at.
 
-    Where Meta's files have none, it is their params.json in other words, with what the headers of
-    the files say.
+    Where there is none, it is what Meta's params.json or MindFormers' YAML says in other words, with
+    what the headers of Meta's files say.
     """
     check_directory(path, "checkpoint")
-    file = _config_file(path)
-    values = read_meta_config(path) if file.name == PARAMS else read_json_object(file)
-    return override_config(values, overrides or {})
+    return override_config(read_config_values(path), overrides or {})
 
 
 def describe_layout(
@@ -157,6 +160,10 @@ def describe_layout(
     config = _model_config(values, path)
     if is_prepared(path):
         return _prepared_layout(config, PreparedSource(path), scheme, vocab_emb_dp)
+    said = find_quantization(path)
+    if said is not None and said.scheme is not None:
+        own = _only_scheme(path, said.scheme, scheme, said.path.name)
+        return make_layout(config, own, vocab_emb_dp=vocab_emb_dp)
     linears: Mapping[str, CompressedLinear | None] = {}
     if is_compressed(values):
         linears = _compressed_linears(path, config, values)
@@ -173,13 +180,7 @@ def describe_layout(
 def _model_config(values: dict[str, Any], path: Path) -> ModelConfig:
     """What is said of quantization is for another to read, unless nobody does."""
     own = values if is_prepared(path) else without_quantization(values)
-    return ModelConfig.from_hf(own, str(_config_file(path)))
-
-
-def _config_file(path: Path) -> Path:
-    """What says the model's shape; a config.json goes before Meta's params.json."""
-    config = path / "config.json"
-    return path / PARAMS if is_meta(path) and not config.exists() else config
+    return ModelConfig.from_hf(own, str(config_file(path)))
 
 
 def _open_source(path: Path, config: ModelConfig, values: dict[str, Any]) -> Source:
@@ -187,8 +188,12 @@ def _open_source(path: Path, config: ModelConfig, values: dict[str, Any]) -> Sou
         return PreparedSource(path)
     if is_meta(path):
         return MetaSource(path, config)
+    if (said := find_quantization(path)) is not None:
+        return GoldenStickSource(path, config, said)
     if not is_compressed(values) and is_mindformers(path):
-        return MindFormersSource(path, config)
+        source = MindFormersSource(path, config)
+        check_unquantized(path, source.tensors)
+        return source
     if not is_compressed(values):
         return HuggingFaceSource(path)
     linears = _compressed_linears(path, config, values)
@@ -268,21 +273,27 @@ def _check_prepared(layout: Layout, source: PreparedSource) -> None:
             )
 
 
-def _only_scheme(path: Path, own: QuantScheme, asked: QuantScheme) -> QuantScheme:
-    """That of a compressed-tensors directory, of which there is no other."""
+def _only_scheme(
+    path: Path, own: QuantScheme, asked: QuantScheme, said_by: str = "config.json"
+) -> QuantScheme:
+    """That of a directory that is quantized already, of which there is no other."""
     if asked.quant_method is not None and asked != own:
         raise CheckpointError(
-            f"{path} is quantized already, as {own.label} by its config.json, and `quant` asks for "
-            f"{asked.label}{' in other words' if asked.label == own.label else ''}; leave `quant` "
+            f"{path} is quantized already, as {own.label} by its {said_by}, and `quant` asks "
+            f"for {asked.label}{' in other words' if asked.label == own.label else ''}; leave `quant` "
             "out, or give the unquantized checkpoint."
         )
     return own
 
 
-def _compressed_layout(
-    config: ModelConfig, source: CompressedSource, scheme: QuantScheme, vocab_emb_dp: bool
+def _quantized_layout(
+    config: ModelConfig,
+    source: CompressedSource | GoldenStickSource,
+    scheme: QuantScheme,
+    vocab_emb_dp: bool,
 ) -> Layout:
-    own = _only_scheme(source.path, source.scheme, scheme)
+    said_by = source.said_by if isinstance(source, GoldenStickSource) else "config.json"
+    own = _only_scheme(source.path, source.scheme, scheme, said_by)
     dtype_of = _stored_dtype(source)
     layout = make_layout(config, own, vocab_emb_dp=vocab_emb_dp, dtype_of=dtype_of)
     floats = {name: row for name, row in layout.table.items() if name not in layout.schemes}

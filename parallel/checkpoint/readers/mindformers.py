@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parallel.checkpoint.readers.mindformers_files import open_ranks
+from parallel.checkpoint.readers.mindformers_files import common_names, open_ranks
 from parallel.checkpoint.readers.mindformers_parts import PartJoiner
 from parallel.checkpoint.readers.mindformers_strategy import find_strategy
 from parallel.checkpoint.readers.mindspore_sums import has_right_sum
@@ -85,7 +85,7 @@ class MindFormersSource:
     def _join_all(self, shapes: Mapping[str, Shape]) -> dict[str, PiecedTensor]:
         joiner = PartJoiner(self.path, shapes, self._strategy or {})
         joined: dict[str, PiecedTensor] = {}
-        for stored in self._names():
+        for stored in common_names(self._ranks):
             files = [rank.places[stored] for rank in self._ranks]
             for name, tensor in joiner.join(stored, files):
                 if name in joined:
@@ -94,16 +94,3 @@ class MindFormersSource:
                     )
                 joined[name] = tensor
         return joined
-
-    def _names(self) -> Sequence[str]:
-        """What every rank holds."""
-        first, *others = self._ranks
-        for rank in others:
-            differing = sorted(rank.places.keys() ^ first.places.keys())
-            if differing:
-                lacking = rank if differing[0] in first.places else first
-                raise CheckpointError(
-                    f"{lacking.path} must hold the tensors of the other ranks, but lacks "
-                    f"{differing[0]}; copy all ranks' files of one checkpoint, saved whole."
-                )
-        return list(first.places)

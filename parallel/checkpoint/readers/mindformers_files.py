@@ -109,6 +109,24 @@ def open_ranks(path: Path) -> list[WeightFiles]:
     return [WeightFiles(folder, [_only_file(folder)]) for folder in folders]
 
 
+def common_names(ranks: Sequence[WeightFiles]) -> list[str]:
+    """The tensors that every rank holds.
+
+    Raises:
+        CheckpointError: a rank lacks one that another has.
+    """
+    first, *others = ranks
+    for rank in others:
+        differing = sorted(rank.places.keys() ^ first.places.keys())
+        if differing:
+            lacking = rank if differing[0] in first.places else first
+            raise CheckpointError(
+                f"{lacking.path} must hold the tensors of the other ranks, but lacks "
+                f"{differing[0]}; copy all ranks' files of one checkpoint, saved whole."
+            )
+    return list(first.places)
+
+
 def _open_file(path: Path) -> TensorFile:
     return MindSporeFile(path) if path.suffix == ".ckpt" else SafetensorsFile(path)
 

@@ -1,4 +1,8 @@
-"""What was read of a MindFormers file so far, and how its values are checked."""
+"""What was read of a MindFormers file so far, and how its values are checked.
+
+Where the file was given on the command line its faults are the configuration's, and where it lies in
+a checkpoint's directory they are the checkpoint's: `ReadFile.error` is the one or the other.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
-from launcher.failures import ConfigError
+from parallel.errors import CheckpointError
 
 # Reasons why a key is not used; what a reader may have counted on has another.
 TRAINING = "training"
@@ -23,9 +27,15 @@ MUST_BE_ABSENT = {
 
 @dataclass
 class ReadFile:
-    """What was read so far: our keys, and theirs that are not used, by reason."""
+    """What was read so far: our keys, and theirs that are not used, by reason.
+
+    Attributes:
+        source: what to call the file.
+        error: what is raised of a value that cannot be: a ValueError of one sentence.
+    """
 
     source: str
+    error: type[ValueError] = CheckpointError
     values: dict[str, Any] = field(default_factory=dict)
     unused: dict[str, list[str]] = field(default_factory=dict)
 
@@ -38,8 +48,8 @@ class ReadFile:
         reasons = sorted(self.unused, key=lambda why: why in (TRAINING, RUNTIME))
         return "; ".join(f"{', '.join(self.unused[why])} ({why})" for why in reasons)
 
-    def refusal(self, key: str, rule: str, value: object, remedy: str) -> ConfigError:
-        return ConfigError(f"`{key}` in {self.source} {rule}, but is {value!r}; {remedy}.")
+    def refusal(self, key: str, rule: str, value: object, remedy: str) -> ValueError:
+        return self.error(f"`{key}` in {self.source} {rule}, but is {value!r}; {remedy}.")
 
     def mapping(self, key: str, value: Any) -> dict[str, Any]:
         if is_blank(value):
@@ -61,7 +71,7 @@ class ReadFile:
             if name not in known:
                 close = get_close_matches(str(name), known, n=1)
                 hint = f"did you mean `{close[0]}`?" if close else "remove it."
-                raise ConfigError(f"`{section}.{name}` in {self.source} is not a key; {hint}")
+                raise self.error(f"`{section}.{name}` in {self.source} is not a key; {hint}")
 
 
 def check_absent(file: ReadFile, name: str, value: Any) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from launcher.mindformers.file import ReadFile, is_blank
-from launcher.schema import QuantSection
+from parallel.checkpoint.mindformers.file import ReadFile, is_blank
+from quant.scheme import QuantScheme
 
-_QUANT_KEYS = tuple(item.name for item in fields(QuantSection))
+_QUANT_KEYS = tuple(item.name for item in fields(QuantScheme))
 _EMPTY: Mapping[str, Any] = {
     "modules_to_not_convert": [], "algorithm_args": {}, "layer_policies": [],
 }  # fmt: skip

@@ -1,0 +1,88 @@
+"""YAML as data, bounded: what its aliases stand for is counted before any of it is made.
+
+`yaml.safe_load` shares what an alias names, so a file of a few lines can stand for more than a
+memory holds, as soon as somebody walks or prints it; merge keys even copy it. MindFormers' files do
+use aliases, so they are counted, not refused.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from parallel.checkpoint.regular_file import check_regular, reason
+from parallel.errors import CheckpointError
+
+# Theirs have some 10 KB.
+MOST_BYTES = 256 << 10
+MOST_VALUES = 100_000
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of one document.
+
+    Raises:
+        yaml.YAMLError: it is no YAML, nests too deeply, refers to itself, or stands for more than
+            MOST_VALUES values.
+        ValueError: a date or number that is none.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if (count := _count(node, {})) > MOST_VALUES:
+            raise yaml.YAMLError(
+                f"its aliases stand for more than {MOST_VALUES:,} values: {count:,}"
+            )
+        return loader.construct_document(node)
+    except RecursionError as error:
+        raise yaml.YAMLError("it nests too deeply") from error
+    finally:
+        loader.dispose()
+
+
+def read_yaml_mapping(path: Path) -> dict[str, Any]:
+    """Raises CheckpointError where the file is missing, too long, or no mapping of keys."""
+    check_regular(path, MOST_BYTES)
+    try:
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(
+            f"{path} is not readable YAML ({where(error)}); correct it."
+        ) from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise CheckpointError(
+            f"{path} must be a mapping of keys, but holds {_kind(values)}; use a predict YAML of "
+            "MindFormers, or a config.json."
+        )
+    return values
+
+
+def where(error: Exception) -> str:
+    """A parser's several lines as one."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    return reason(error)
+
+
+def _kind(values: Any) -> str:
+    return "other keys than words" if isinstance(values, dict) else f"a {type(values).__name__}"
+
+
+def _count(node: yaml.Node, known: dict[int, int]) -> int:
+    """Values that a node stands for, those of its aliases as often as they are named."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) in known:
+        if known[id(node)] == 0:
+            raise yaml.YAMLError("it has an alias for what the alias stands in")
+        return known[id(node)]
+    known[id(node)] = 0
+    children = [
+        part for item in node.value for part in (item if isinstance(item, tuple) else [item])
+    ]
+    known[id(node)] = 1 + sum(_count(child, known) for child in children)
+    return known[id(node)]
