@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -72,7 +73,7 @@ FAMILIES = {
 }  # fmt: skip
 WINDOWED = ["mistral v0.1", "qwen2.5 window", "qwen3 layer types"]
 NUM_PROMPT = 40
-IDS = torch.randint(3, 131, (60,), generator=torch.Generator().manual_seed(3)).tolist()
+IDS = torch.randint(3, 131, (52,), generator=torch.Generator().manual_seed(3)).tolist()
 # float32 over 3 layers, sums in another order: 1e-5 of logits of up to some 30.
 FLOAT32 = {"rtol": 1e-4, "atol": 3e-4}
 
@@ -82,6 +83,7 @@ class Made:
     """A random model as transformers writes it, and its logits of IDS."""
 
     checkpoint: Checkpoint
+    model: torch.nn.Module
     logits_TV: torch.Tensor
 
     @property
@@ -117,7 +119,7 @@ def make(name: str, path: Path) -> Made:
         warnings.simplefilter("ignore")
         model.save_pretrained(path)
     with torch.no_grad():
-        return Made(open_checkpoint(path), model(torch.tensor([IDS])).logits[0])
+        return Made(open_checkpoint(path), model, model(torch.tensor([IDS])).logits[0])
 
 
 def rank_logits(decoder: Decoder, chunk: int = NUM_PROMPT) -> torch.Tensor | None:
@@ -185,8 +187,9 @@ def test_decode_by_torch_has_the_same_window(models, name, monkeypatch):
     torch.testing.assert_close(logits(made.checkpoint, 1), made.logits_TV, **FLOAT32)
 
 
-@pytest.mark.parametrize("path", ["native", "torch"])
-@pytest.mark.parametrize("name", WINDOWED)
+@pytest.mark.parametrize(
+    ("name", "path"), [("qwen2.5 window", "native"), ("qwen3 layer types", "torch")]
+)
 def test_sequences_of_unequal_length_each_have_their_window(models, name, path, monkeypatch):
     if path == "torch":
         monkeypatch.setattr(attention.native, "can_attend", lambda *_: False)
@@ -200,9 +203,9 @@ def test_sequences_of_unequal_length_each_have_their_window(models, name, path, 
 # Quantization
 
 
-def reference_logits(path: Path, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def reference_logits(made: Made, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Those of transformers with what quantized tensors stand for in place of the model's own."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+    model = deepcopy(made.model).double()
     scales = {name: tensor for name, tensor in tensors.items() if name.endswith(".weight_scale")}
     weights = {
         name.removesuffix("_scale"): tensors[name.removesuffix("_scale")].float() * scale
@@ -223,11 +226,10 @@ def test_rtn_gives_the_logits_of_the_rounded_weights(models, name):
     for path, weight in load_file(made.path / "model.safetensors").items():
         if path.endswith("_proj.weight"):
             tensors[path], tensors[path + "_scale"] = quantize(weight, Grid())
-    expected = reference_logits(made.path, tensors)
+    expected = reference_logits(made, tensors)
     assert relative(expected, made.logits_TV) > 0.01
-    for size in (1, 2):
-        # Inputs are rounded to 24 bits, and the sums have another order.
-        assert relative(logits(made.checkpoint, size, RTN), expected) < 1e-4
+    # Inputs are rounded to 24 bits, and the sums have another order.
+    assert relative(logits(made.checkpoint, 2, RTN), expected) < 1e-4
 
 
 @pytest.mark.parametrize("name", [*WINDOWED, "qwen3"])
@@ -244,8 +246,9 @@ def test_int8_cache_decodes_what_it_prefills(models, name):
 
 
 @pytest.mark.skipif(not is_available(), reason="no C compiler at installation")
-@pytest.mark.parametrize("cache", [None, "int8"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "cache"), [(torch.float32, None), (torch.bfloat16, "int8")], ids=["float", "int8"]
+)
 @pytest.mark.parametrize("name", [*WINDOWED, "qwen3 bias"])
 def test_captured_steps_give_the_text_of_plain_ones(models, name, dtype, cache, monkeypatch):
     """Beyond the window: each run of the program begins to read where its own step's window does."""
@@ -311,7 +314,7 @@ def test_calibrated_model_gives_the_logits_of_its_tensors(models, name, scheme, 
     """Folded norms, rounded weights and static inputs, told by transformers."""
     made = models(name)
     prepared = prepare(made.checkpoint, scheme, tmp_path)
-    expected = reference_logits(made.path, merged(prepared))
+    expected = reference_logits(made, merged(prepared))
     assert 1e-3 < relative(expected, made.logits_TV) < 0.5
     for size in (1, 2):
         found = logits(open_checkpoint(prepared), size, scheme)
