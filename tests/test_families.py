@@ -308,17 +308,21 @@ def prepare(checkpoint: Checkpoint, scheme: QuantScheme, path: Path) -> Path:
     return path / "prepared"
 
 
-@pytest.mark.parametrize("scheme", [SMOOTH, GPTQ], ids=["smooth static", "gptq"])
+# An input that float32 tips into the next of 127 steps of a static scale moved these models' logits by
+# 0.015; with the norms as they were they are 0.8 away.
+@pytest.mark.parametrize(
+    ("scheme", "limit"), [(SMOOTH, 0.05), (GPTQ, 1e-4)], ids=["smooth static", "gptq"]
+)
 @pytest.mark.parametrize("name", ["mistral v0.1", "qwen3 layer types"])
-def test_calibrated_model_gives_the_logits_of_its_tensors(models, name, scheme, tmp_path):
+def test_calibrated_model_gives_the_logits_of_its_tensors(models, name, scheme, limit, tmp_path):
     """Folded norms, rounded weights and static inputs, told by transformers."""
     made = models(name)
     prepared = prepare(made.checkpoint, scheme, tmp_path)
     expected = reference_logits(made, merged(prepared))
-    assert 1e-3 < relative(expected, made.logits_TV) < 0.5
+    assert 1e-3 < relative(expected, made.logits_TV) < 0.2
     for size in (1, 2):
         found = logits(open_checkpoint(prepared), size, scheme)
-        assert relative(found, expected) < 1e-3
+        assert relative(found, expected) < limit
 
 
 @pytest.mark.parametrize("name", ["mistral v0.1", "qwen3 layer types"])
