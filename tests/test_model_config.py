@@ -19,7 +19,7 @@ from tests.checkpoints import CONFIG, random_weights, write_checkpoint, write_we
 
 SHAPE = {
     "vocab_size": 131, "hidden_size": 512, "intermediate_size": 96, "num_hidden_layers": 4,
-    "num_attention_heads": 32, "max_position_embeddings": 256,
+    "num_attention_heads": 32, "num_key_value_heads": 4,
 }  # fmt: skip
 KINDS = [name.removesuffix("ForCausalLM") for name in FAMILIES]
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -38,7 +38,6 @@ def transformers():
 
 # Of each key, what may stand there besides nothing.
 CHOICES = {
-    "num_key_value_heads": (4,),
     "head_dim": (24,),
     "max_position_embeddings": (64,),
     "rms_norm_eps": (1e-5,),
@@ -64,7 +63,7 @@ def test_keys_given_and_left_out_mean_what_they_mean_in_transformers(transformer
         if ours is None:
             continue
         num_read[kind] += 1
-        for key in ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps"):
+        for key in ("max_position_embeddings", "rms_norm_eps"):
             assert getattr(ours, key) == getattr(theirs, key), (kind, values)
         assert ours.tie_word_embeddings == theirs.tie_word_embeddings
         assert ours.head_dim == (getattr(theirs, "head_dim", None) or 16), (kind, values)
@@ -158,7 +157,7 @@ REFUSED = {
     "rope_scaling: mscale": {"rope_scaling": {**YARN, "mscale": "1", "mscale_all_dim": 1.0}},
     "rope_theta must be above 1": {"rope_scaling": YARN, "rope_theta": 1.0},
     "rope_theta must be a number": {"rope_scaling": {**YARN, "rope_theta": math.nan}},
-    "sliding_window must be null or at least 256": {"sliding_window": 16},
+    "sliding_window must be null or at least 2048": {"sliding_window": 16},
     "layer_types must be full_attention": {"layer_types": [FULL, SLIDING, FULL, FULL]},
     "hidden_act": {"hidden_act": "gelu_pytorch_tanh"},
 }
@@ -167,7 +166,7 @@ REFUSED = {
 @pytest.mark.parametrize("words", REFUSED)
 def test_what_llama_cannot_do_is_refused_by_name(words):
     with pytest.raises(ModelError, match=words):
-        config(num_key_value_heads=4, **REFUSED[words])
+        config(**REFUSED[words])
 
 
 REFUSED_OF = {
@@ -192,7 +191,7 @@ REFUSED_OF = {
 def test_what_a_family_cannot_do_is_refused_by_name(words):
     kind, values = REFUSED_OF[words]
     with pytest.raises(ModelError, match=words):
-        config(kind, num_key_value_heads=4, **values)
+        config(kind, **values)
 
 
 @pytest.mark.parametrize("key", NEUTRAL)

@@ -86,7 +86,7 @@ class StepContext:
     step: Step
     cos_L1C: Tensor
     sin_L1C: Tensor
-    _masks: dict[int | None, tuple[Tensor | None, ...]] = field(default_factory=dict)
+    _masks: dict[int | None, tuple[Tensor | None, ...]] = field(default_factory=dict, init=False)
 
     def masks(self, window: int | None) -> tuple[Tensor | None, ...]:
         """For each run of a prefill, or once for decode: what is added to the scores, 0 or -inf.

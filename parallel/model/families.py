@@ -28,7 +28,8 @@ class Family:
         qk_norm: each head of q and of k is normed before it is rotated.
         window: the layers with a sliding window.
         defaults: what transformers takes for a key that `config.json` leaves out, where that is not
-            what it takes for Llama. (null is no such key: it stays null.)
+            what it takes for Llama. (null is no such key: it stays null. num_key_value_heads is in
+            every file; left out, for `plan` of a shape, it is the number of heads.)
     """
 
     qkv_bias: bool | None = None
@@ -39,12 +40,7 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
-_QWEN = {
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 32768,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-}
+_QWEN = {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28}
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": Family(),
     "MistralForCausalLM": Family(
@@ -52,11 +48,7 @@ FAMILIES: Mapping[str, Family] = {
         o_bias=False,
         mlp_bias=False,
         window=Window.ALL,
-        defaults={
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 131072,
-            "sliding_window": 4096,
-        },
+        defaults={"max_position_embeddings": 131072, "sliding_window": 4096},
     ),
     "Qwen2ForCausalLM": Family(
         qkv_bias=True, o_bias=False, mlp_bias=False, window=Window.BY_LAYER, defaults=_QWEN
