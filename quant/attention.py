@@ -17,6 +17,7 @@ def decode_attention(
     values_BKLC: Tensor,
     positions_B: Tensor,
     mask: Callable[[], Tensor | None],
+    window: int | None = None,
 ) -> Tensor:
     """`softmax(q . keys / sqrt(C)) . values`, [B, H, C] in q's dtype, sums in float32.
 
@@ -25,16 +26,21 @@ def decode_attention(
     Args:
         keys_BKLC, values_BKLC: views of the cache, the same strides.
         positions_B: int64; a query sees its own position and those before it.
-        mask: gives the same as something to add to the scores, [B, 1, 1, L], or None where all of
-            L is seen; asked only where torch attends.
+        mask: gives the same, and the window, as something to add to the scores, [B, 1, 1, L], or
+            None where all of L is seen; asked only where torch attends.
+        window: how many positions a query sees, its own included; None: all before it.
     """
     if native.can_attend(q_BHC, keys_BKLC):
-        return native.attend(q_BHC, keys_BKLC, values_BKLC, positions_B)
+        return native.attend(q_BHC, keys_BKLC, values_BKLC, positions_B, window)
     return _attend_by_torch(q_BHC, keys_BKLC, values_BKLC, mask())
 
 
 def int8_decode_attention(
-    q_BHC: Tensor, store: Int8Store, positions_B: Tensor, mask: Callable[[], Tensor | None]
+    q_BHC: Tensor,
+    store: Int8Store,
+    positions_B: Tensor,
+    mask: Callable[[], Tensor | None],
+    window: int | None = None,
 ) -> Tensor:
     """The same over int8 keys and values; q is not quantized.
 
@@ -44,7 +50,7 @@ def int8_decode_attention(
         store: a view by rows, of L positions.
     """
     if native.can_attend(q_BHC, store.keys):
-        return native.attend_int8(q_BHC, store, positions_B)
+        return native.attend_int8(q_BHC, store, positions_B, window)
     return _attend_by_torch(q_BHC, *store.dequantize(q_BHC.dtype), mask())
 
 

@@ -26,6 +26,25 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, delta_TD: Tensor | None
     return weight_D * torch.rms_norm(x_TD, weight_D.shape, None, eps)
 
 
+def norm_heads(
+    x_TE: Tensor, counts: tuple[int, int], weights: tuple[Tensor, Tensor], eps: float
+) -> None:
+    """Norm the first heads of each row in place, each head by itself: as many as `counts` says with
+    the first weight, then with the second (q and k of Qwen3). Rounded as `rms_norm` is.
+
+    Args:
+        x_TE: [tokens, at least sum(counts) * C].
+        weights: [C] each.
+    """
+    channels = len(weights[0])
+    if channels % _LANES == 0 and native.takes(x_TE, *weights):
+        native.norm_heads(x_TE, counts, weights, eps)
+        return
+    x_THC = x_TE[:, : sum(counts) * channels].unflatten(1, (sum(counts), channels))
+    for heads_THC, weight_C in zip(x_THC.split(counts, dim=1), weights, strict=True):
+        heads_THC.copy_(weight_C * torch.rms_norm(heads_THC, weight_C.shape, None, eps))
+
+
 def silu_product(gate_up_TF: Tensor, sizes: tuple[int, int]) -> Tensor:
     """`silu(gate) * up` of rows that hold gate and up side by side (SwiGLU: Shazeer, 2020)."""
     if sizes[0] % _LANES == 0 and sizes[0] == sizes[1] and native.takes(gate_up_TF):

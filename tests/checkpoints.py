@@ -69,13 +69,13 @@ def random_weights(config: dict[str, Any], dtype: torch.dtype, seed: int) -> dic
 
 
 def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of a Llama, Mistral or Qwen2; written down apart from the product's."""
+    """The names and shapes of a Llama, Mistral or Qwen; written down apart from the product's."""
     hidden, ffn = config["hidden_size"], config["intermediate_size"]
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim", hidden // heads)
     q_size, kv_size = heads * head_dim, config.get("num_key_value_heads", heads) * head_dim
     family = config["architectures"][0].removesuffix("ForCausalLM")
-    o_bias = family == "Llama" and config.get("attention_bias", False)
+    o_bias = family in ("Llama", "Qwen3") and config.get("attention_bias", False)
     qkv_bias = family == "Qwen2" or o_bias
     mlp_bias = family == "Llama" and config.get("mlp_bias", False)
     linears = {
@@ -95,6 +95,9 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         prefix = f"model.layers.{layer}."
         shapes[prefix + "input_layernorm.weight"] = (hidden,)
         shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
+        if family == "Qwen3":
+            shapes[prefix + "self_attn.q_norm.weight"] = (head_dim,)
+            shapes[prefix + "self_attn.k_norm.weight"] = (head_dim,)
         for name, (out, into, has_bias) in linears.items():
             shapes[f"{prefix}{name}.weight"] = (out, into)
             if has_bias:

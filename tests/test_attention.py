@@ -60,6 +60,41 @@ def test_decode_attention_is_that_of_float64(shape, dtype, path, monkeypatch):
     assert (found - wanted).norm() <= tolerance * wanted.norm()
 
 
+def windowed(mask, positions, window):
+    """The mask with what lies before each query's window hidden too."""
+    places = torch.arange(mask.shape[-1])
+    is_old = places <= (positions - window)[:, None]
+    return mask.masked_fill(is_old[:, None, None, :], -torch.inf)
+
+
+@pytest.mark.parametrize("path", ["native", "torch"])
+@pytest.mark.parametrize("window", [1, 7, 64, 129, 300])
+def test_window_leaves_each_query_the_last_positions(window, path, monkeypatch):
+    """Of sequences of unequal length, some of them shorter than the window."""
+    q, keys, values, positions, mask = case((3, 2, 4, 16, 130), torch.float32)
+    positions = torch.tensor([129, 5, 64])
+    hidden = torch.arange(130) > positions[:, None]
+    mask = windowed(torch.zeros_like(mask).masked_fill(hidden[:, None, None, :], -torch.inf),
+                    positions, window)  # fmt: skip
+    if path == "torch":
+        monkeypatch.setattr(attention.native, "can_attend", lambda *_: False)
+    elif not native.can_attend(q, keys):
+        pytest.skip("no C compiler at installation")
+    found = decode_attention(q, keys, values, positions, lambda: mask, window)
+    wanted = exact(q, keys, values, mask)
+    assert (found - wanted).norm() <= 3e-6 * wanted.norm()  # a few roundings of the sums
+
+
+@pytest.mark.skipif(not is_available(), reason="no C compiler at installation")
+def test_nan_before_the_window_is_not_read():
+    q, keys, values, positions, _ = case((2, 1, 8, 128, 200), torch.float32)
+    keys[0, 0, :100] = values[0, 0, :100] = torch.nan
+    found = decode_attention(q, keys, values, positions, lambda: None, 100)
+    assert positions[0] == 199
+    assert found[0].isfinite().all()
+    assert decode_attention(q, keys, values, positions, lambda: None, 101)[0].isnan().all()
+
+
 @pytest.mark.skipif(not is_available(), reason="no C compiler at installation")
 def test_head_is_the_same_whatever_other_heads_and_sequences_there_are():
     """So a rank's heads give the bits that they give on one rank."""

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from quant import elementwise
-from quant.elementwise import rms_norm, rotate, silu_product
+from quant.elementwise import norm_heads, rms_norm, rotate, silu_product
 from quant.kernels.native.calls import is_available
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -40,6 +40,21 @@ def test_norm_is_that_of_torch_and_adds_the_residual_in_place(shape, dtype):
     found = rms_norm(before, weight, 1e-5, delta)
     assert torch.equal(before, summed)
     assert_close(found, weight * torch.rms_norm(summed, (shape[1],), None, 1e-5))
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "channels"), [(1, 128), (70, 48), (3, 12)])
+def test_heads_are_normed_by_themselves_and_the_last_ones_left(tokens, channels, dtype):
+    x = torch.randn(tokens, 7, channels).to(dtype)
+    q_weight, k_weight = torch.randn(2, channels).to(dtype)
+    found = x.clone().flatten(1)
+    norm_heads(found, (3, 2), (q_weight, k_weight), 1e-5)
+    found = found.view_as(x)
+    plain = torch.rms_norm(x, (channels,), None, 1e-5)
+    assert_close(found[:, :3], q_weight * plain[:, :3])
+    assert_close(found[:, 3:5], k_weight * plain[:, 3:5])
+    assert torch.equal(found[:, 5:], x[:, 5:])
 
 
 @pytest.mark.usefixtures("path")

@@ -11,7 +11,7 @@ from quant.attention import int8_decode_attention, write_int8_slots
 from quant.kernels.native import step as native
 from quant.kernels.native.calls import instruction_sets, is_available
 from quant.kv import NOT_FINITE, Int8Store, dequantize, quantize_channels, quantize_tokens
-from tests.test_attention import SHAPES, case, exact
+from tests.test_attention import SHAPES, case, exact, windowed
 
 TINY = torch.finfo(torch.float32).tiny
 needs_c = pytest.mark.skipif(not is_available(), reason="no C compiler at installation")
@@ -155,6 +155,17 @@ def test_decode_attention_over_integers_is_that_of_float64(shape, dtype, is_stat
     # and values rounded to 8 bits, which moves scores of up to 12 by some hundredths.
     limits = {torch.float32: 3e-6, torch.bfloat16: 2**-8 if path != "torch" else 2**-5}
     assert (found - wanted).norm() <= limits[dtype] * wanted.norm()
+
+
+@pytest.mark.parametrize("is_static", [False, True], ids=["per token", "static"])
+@pytest.mark.parametrize("window", [1, 63, 70, 200])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_window_over_integers_is_that_of_float64(groups, window, is_static, path):
+    q, store, positions, mask = int8_case((3, 2, groups, 32, 130), torch.float32, is_static)
+    mask = windowed(mask, positions, window)
+    found = int8_decode_attention(q, store, positions, lambda: mask, window)
+    wanted = exact(q, *store.dequantize(torch.float64), mask)
+    assert (found - wanted).norm() <= 3e-6 * wanted.norm()  # a few roundings of the sums
 
 
 @needs_c

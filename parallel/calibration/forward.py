@@ -17,7 +17,8 @@ from torch import Tensor
 
 from parallel.generation.cache import KVCache
 from parallel.model.config import ModelConfig
-from parallel.model.decoder import MLP, Attention, RMSNorm, Segment, Step, StepContext
+from parallel.model.decoder import MLP, Attention, HeadNorm, RMSNorm, Segment, Step, StepContext
+from parallel.model.placements import HEAD_NORMS
 from parallel.model.rope import cos_sin_table
 from quant.activations import LEVELS_INT8, quantize_rows
 from quant.methods.layer import INPUTS, Layer, Product, input_scale
@@ -60,6 +61,8 @@ class LayerForward:
             self.config.head_dim,
             _stand_in(layer, "qkv_proj", tap),
             _stand_in(layer, "o_proj", tap),
+            window=layer.window,
+            head_norm=self._head_norm(layer),
         )
         return attention(x_TD, self._context(length), cache)
 
@@ -81,6 +84,12 @@ class LayerForward:
 
     def _norm(self, layer: Layer, name: str) -> RMSNorm:
         return RMSNorm(layer.norms[name].to(self.dtype), self.config.rms_norm_eps)
+
+    def _head_norm(self, layer: Layer) -> HeadNorm | None:
+        if not self.config.qk_norm:
+            return None
+        q_weight_C, k_weight_C = (layer.norms[name].to(self.dtype) for name in HEAD_NORMS)
+        return HeadNorm(q_weight_C, k_weight_C, self.config.rms_norm_eps)
 
     def _context(self, length: int) -> StepContext:
         places_T = torch.arange(length)

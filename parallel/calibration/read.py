@@ -16,7 +16,7 @@ from parallel.calibration.result import MODULES, NORMS
 from parallel.checkpoint.source import Source
 from parallel.errors import CheckpointError
 from parallel.model.config import ModelConfig
-from parallel.model.placements import EMBEDDING
+from parallel.model.placements import EMBEDDING, HEAD_NORMS
 from quant.methods.layer import Layer, Product, blocks
 
 # Rows of the embedding that are read at a time.
@@ -32,7 +32,9 @@ def read_layer(source: Source, config: ModelConfig, index: int) -> Layer:
     prefix = f"model.layers.{index}."
     products = {name: _read_product(source, prefix + module) for name, module in MODULES.items()}
     norms = {name: _read(source, f"{prefix}{name}.weight") for name in NORMS}
-    return Layer(products, norms, config.head_dim)
+    for name in HEAD_NORMS if config.qk_norm else ():
+        norms[name] = _read(source, f"{prefix}self_attn.{name}.weight")
+    return Layer(products, norms, config.head_dim, config.windows[index])
 
 
 def embed(

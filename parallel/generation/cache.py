@@ -85,16 +85,23 @@ class KVCache:
         """Store one step's keys and values, [tokens, heads, head_dim], at their slots."""
         self._layers[layer].write(slots_T, k_THC, v_THC)
 
-    def row(self, layer: int, row: int, length: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one sequence's first `length` positions, [heads, length, C] in the
-        compute dtype: views, or what the integers stand for, those of this step included."""
-        return self._layers[layer].row(row, length)
+    def row(self, layer: int, row: int, length: int, first: int = 0) -> tuple[Tensor, Tensor]:
+        """Keys and values of one sequence's positions from `first` to `length`, [heads, positions, C]
+        in the compute dtype: views, or what the integers stand for, those of this step included."""
+        return self._layers[layer].row(row, slice(first, length))
 
     def attend(
-        self, layer: int, q_BHC: Tensor, positions_B: Tensor, length: int, mask: Mask
+        self,
+        layer: int,
+        q_BHC: Tensor,
+        positions_B: Tensor,
+        length: int,
+        mask: Mask,
+        window: int | None = None,
     ) -> Tensor:
-        """Decode attention of the first rows' next tokens over their first `length` positions."""
-        return self._layers[layer].attend(q_BHC, positions_B, length, mask)
+        """Decode attention of the first rows' next tokens over their first `length` positions, or
+        the last `window` of those that each sees."""
+        return self._layers[layer].attend(q_BHC, positions_B, length, mask, window)
 
     def move_row(self, source: int, target: int, length: int) -> None:
         """Copy a sequence to another row; the running ones stay the first rows that way."""
@@ -107,9 +114,11 @@ class _Layer(Protocol):
 
     def write(self, slots_T: Tensor, k_THC: Tensor, v_THC: Tensor) -> None: ...
 
-    def row(self, row: int, length: int) -> tuple[Tensor, Tensor]: ...
+    def row(self, row: int, positions: slice) -> tuple[Tensor, Tensor]: ...
 
-    def attend(self, q_BHC: Tensor, positions_B: Tensor, length: int, mask: Mask) -> Tensor: ...
+    def attend(
+        self, q_BHC: Tensor, positions_B: Tensor, length: int, mask: Mask, window: int | None
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -128,12 +137,14 @@ class _FloatLayer:
     def write(self, slots_T: Tensor, k_THC: Tensor, v_THC: Tensor) -> None:
         write_slots(k_THC, v_THC, slots_T, self.keys_HSC, self.values_HSC)
 
-    def row(self, row: int, length: int) -> tuple[Tensor, Tensor]:
-        return self.keys_RHMC[row, :, :length], self.values_RHMC[row, :, :length]
+    def row(self, row: int, positions: slice) -> tuple[Tensor, Tensor]:
+        return self.keys_RHMC[row, :, positions], self.values_RHMC[row, :, positions]
 
-    def attend(self, q_BHC: Tensor, positions_B: Tensor, length: int, mask: Mask) -> Tensor:
+    def attend(
+        self, q_BHC: Tensor, positions_B: Tensor, length: int, mask: Mask, window: int | None
+    ) -> Tensor:
         keys, values = (x[: len(q_BHC), :, :length] for x in (self.keys_RHMC, self.values_RHMC))
-        return decode_attention(q_BHC, keys, values, positions_B, mask)
+        return decode_attention(q_BHC, keys, values, positions_B, mask, window)
 
 
 @dataclass(frozen=True)
@@ -163,12 +174,14 @@ class _Int8Layer:
     def write(self, slots_T: Tensor, k_THC: Tensor, v_THC: Tensor) -> None:
         write_int8_slots(k_THC, v_THC, slots_T, self.slots)
 
-    def row(self, row: int, length: int) -> tuple[Tensor, Tensor]:
-        return self.rows.part((row, slice(None), slice(length))).dequantize(self.dtype)
+    def row(self, row: int, positions: slice) -> tuple[Tensor, Tensor]:
+        return self.rows.part((row, slice(None), positions)).dequantize(self.dtype)
 
-    def attend(self, q_BHC: Tensor, positions_B: Tensor, length: int, mask: Mask) -> Tensor:
+    def attend(
+        self, q_BHC: Tensor, positions_B: Tensor, length: int, mask: Mask, window: int | None
+    ) -> Tensor:
         held = self.rows.part((slice(len(q_BHC)), slice(None), slice(length)))
-        return int8_decode_attention(q_BHC, held, positions_B, mask)
+        return int8_decode_attention(q_BHC, held, positions_B, mask, window)
 
 
 def _by_slot(store_2HRM: Tensor) -> tuple[Tensor, Tensor]:

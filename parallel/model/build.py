@@ -17,9 +17,9 @@ from parallel.layers import (
     VocabParallelHead,
 )
 from parallel.model.config import ModelConfig
-from parallel.model.decoder import MLP, Attention, Decoder, DecoderLayer, RMSNorm
+from parallel.model.decoder import MLP, Attention, Decoder, DecoderLayer, HeadNorm, RMSNorm
 from parallel.model.parameters import FUSED
-from parallel.model.placements import EMBEDDING, HEAD, KV_SCALES, Table, head_sizes
+from parallel.model.placements import EMBEDDING, HEAD, HEAD_NORMS, KV_SCALES, Table, head_sizes
 from parallel.placement import index_shape
 from quant.weight import ReadyWeight
 
@@ -89,6 +89,8 @@ class _Parts:
                 self.config.head_dim,
                 self._columns(prefix, "self_attn.qkv_proj"),
                 self._row(prefix + "self_attn.o_proj"),
+                window=self.config.windows[index],
+                head_norm=self.head_norm(prefix + "self_attn."),
             ),
             self.norm(prefix + "post_attention_layernorm"),
             MLP(self._columns(prefix, "mlp.gate_up_proj"), self._row(prefix + "mlp.down_proj")),
@@ -96,6 +98,12 @@ class _Parts:
 
     def norm(self, path: str) -> RMSNorm:
         return RMSNorm(self._tensor(path + ".weight"), self.config.rms_norm_eps)
+
+    def head_norm(self, prefix: str) -> HeadNorm | None:
+        if not self.config.qk_norm:
+            return None
+        q_weight_C, k_weight_C = (self._tensor(f"{prefix}{name}.weight") for name in HEAD_NORMS)
+        return HeadNorm(q_weight_C, k_weight_C, self.config.rms_norm_eps)
 
     def num_local_kv_heads(self) -> int:
         return self._local_size("model.layers.0.self_attn.k_proj") // self.config.head_dim

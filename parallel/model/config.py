@@ -7,20 +7,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from parallel.errors import ModelError
-from parallel.model.families import FAMILIES, Family
-from parallel.model.rope_scaling import RopeScaling, parse_rope_scaling
+from parallel.model.config_values import Values
+from parallel.model.families import FAMILIES, NEUTRAL, Family
+from parallel.model.rope_scaling import RopeScaling, read_rope
+from parallel.model.windows import layer_windows
 
 _DTYPES = ("bfloat16", "float16", "float32")
-# Far above any model, and low enough that a damaged number is refused before it is counted up to.
-_MOST = {"num_hidden_layers": 4096, "num_attention_heads": 65536}
-_MOST_SIZE = 2**31 - 1
-# Characters of a damaged value that a message shows.
-_LONGEST_VALUE = 200
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only model of the Llama family; the names are those of `config.json`."""
+    """A decoder-only model of the Llama family; the names are those of `config.json`.
+
+    Attributes:
+        qk_norm: each head of q and of k is normed before it is rotated.
+        windows: for each layer, how many positions a query sees, the last of them its own; None: all.
+    """
 
     architecture: str
     vocab_size: int
@@ -38,6 +40,8 @@ class ModelConfig:
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
+    qk_norm: bool
+    windows: tuple[int | None, ...]
     dtype: str
     eos_token_ids: tuple[int, ...]
 
@@ -76,41 +80,42 @@ class ModelConfig:
         )
 
 
-class _Reader:
-    """Takes values out of a config.json; each `_get` is one check with one sentence."""
-
-    def __init__(self, values: Mapping[str, Any], source: str) -> None:
-        self.values = values
-        self.source = source
+class _Reader(Values):
+    """Makes a ModelConfig of a config.json."""
 
     def read(self) -> ModelConfig:
         self._refuse_quantized()
         name, family = self._family()
-        self._refuse_unsupported(family)
-        hidden, heads = self._positive("hidden_size"), self._positive("num_attention_heads")
-        kv_heads = self._positive("num_key_value_heads", heads)
+        self._refuse_unsupported()
+        return _Reader({**family.defaults, **self.values}, self.source)._config(name, family)
+
+    def _config(self, name: str, family: Family) -> ModelConfig:
+        hidden, heads = self.positive("hidden_size"), self.positive("num_attention_heads")
+        kv_heads = self.positive("num_key_value_heads", heads)
         if heads % kv_heads:
-            raise self._error("num_key_value_heads", f"must divide {heads} heads", kv_heads)
-        rope_theta, rope_scaling = self._rope()
+            raise self.error("num_key_value_heads", f"must divide {heads} heads", kv_heads)
+        rope_theta, rope_scaling = read_rope(self)
         return ModelConfig(
             architecture=name,
-            vocab_size=self._positive("vocab_size"),
+            vocab_size=self.positive("vocab_size"),
             hidden_size=hidden,
-            intermediate_size=self._positive("intermediate_size"),
-            num_hidden_layers=self._positive("num_hidden_layers"),
+            intermediate_size=self.positive("intermediate_size"),
+            num_hidden_layers=self.positive("num_hidden_layers"),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=self._head_dim(hidden, heads),
-            max_position_embeddings=self._positive("max_position_embeddings", 2048),
-            rms_norm_eps=self._number("rms_norm_eps", 1e-6, 1e-30, 1.0),
+            max_position_embeddings=self.positive("max_position_embeddings", 2048),
+            rms_norm_eps=self.number("rms_norm_eps", 1e-6, 1e-30, 1.0),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
-            tie_word_embeddings=self._bool("tie_word_embeddings", False),
+            tie_word_embeddings=self.boolean("tie_word_embeddings", False),
             qkv_bias=self._bias(family.qkv_bias, "attention_bias"),
             o_bias=(
-                self._bool("attention_bias", False) if family.o_bias is None else family.o_bias
+                self.boolean("attention_bias", False) if family.o_bias is None else family.o_bias
             ),
             mlp_bias=self._bias(family.mlp_bias, "mlp_bias"),
+            qk_norm=family.qk_norm,
+            windows=layer_windows(self, family.window),
             dtype=self._dtype(),
             eos_token_ids=token_ids(self.values.get("eos_token_id"), self.source),
         )
@@ -119,7 +124,7 @@ class _Reader:
         names = self.values.get("architectures") or ["(none)"]
         if not isinstance(names, list) or not isinstance(names[0], str) or names[0] not in FAMILIES:
             shown = names[0] if isinstance(names, list) else names
-            raise self._error("architectures", f"must be one of {', '.join(FAMILIES)}", shown)
+            raise self.error("architectures", f"must be one of {', '.join(FAMILIES)}", shown)
         return names[0], FAMILIES[names[0]]
 
     def _refuse_quantized(self) -> None:
@@ -134,93 +139,34 @@ class _Reader:
             "give the unquantized checkpoint and quantize it with quant=rtn_a16w8."
         )
 
-    def _refuse_unsupported(self, family: Family) -> None:
-        rope = self.values.get("rope_parameters")
-        for key, only in (("hidden_act", "silu"), ("partial_rotary_factor", 1.0)):
-            for values in (self.values, rope if isinstance(rope, dict) else {}):
-                if values.get(key, only) != only:
-                    raise self._error(key, f"must be {only}", values[key])
-        self._refuse_sliding_window(family)
-
-    def _refuse_sliding_window(self, family: Family) -> None:
-        window = self.values.get("sliding_window")
-        key = family.sliding_window_key
-        if window is None or (key and not self.values.get(key, False)):
-            return
-        context = self._positive("max_position_embeddings", 2048)
-        if self._positive("sliding_window") < context:
-            raise self._error("sliding_window", f"must be null or at least {context}", window)
-
-    def _rope(self) -> tuple[float, RopeScaling | None]:
-        """transformers 5 keeps theta and scaling together under `rope_parameters`."""
-        together = self.values.get("rope_parameters")
-        if together is not None and not isinstance(together, dict):
-            raise self._error("rope_parameters", "must be an object or null", together)
-        if together is not None:
-            self._refuse_second_scaling(together)
-            outer = {"rope_theta": self.values.get("rope_theta")}
-            values = _Reader({**outer, **together}, f"{self.source}: rope_parameters")
-            return values._theta(), parse_rope_scaling(together, self.source)
-        return self._theta(), parse_rope_scaling(self.values.get("rope_scaling"), self.source)
-
-    def _refuse_second_scaling(self, together: Mapping[str, Any]) -> None:
-        second = self.values.get("rope_scaling")
-        if parse_rope_scaling(second, self.source) not in (
-            None,
-            parse_rope_scaling(together, self.source),
-        ):
-            raise self._error("rope_scaling", "must not contradict rope_parameters", second)
-
-    def _theta(self) -> float:
-        return self._number("rope_theta", 10000.0, 1.0, 1e30)
+    def _refuse_unsupported(self) -> None:
+        """The keys of another architecture's arithmetic."""
+        for key, neutral in NEUTRAL.items():
+            found = self.values.get(key)
+            if found is not None and found not in neutral:
+                wanted = neutral[0] if neutral else "null"
+                raise self.error(key, f"must be {wanted}", found)
 
     def _head_dim(self, hidden: int, heads: int) -> int:
         if self.values.get("head_dim") is None and hidden % heads:
-            raise self._error("hidden_size", f"must be a multiple of {heads} heads", hidden)
-        head_dim = self._positive("head_dim", hidden // heads)
+            raise self.error("hidden_size", f"must be a multiple of {heads} heads", hidden)
+        head_dim = self.positive("head_dim", hidden // heads)
         if head_dim % 2:
-            raise self._error("head_dim", "must be even", head_dim)
+            raise self.error("head_dim", "must be even", head_dim)
         return head_dim
 
     def _bias(self, fixed: bool | None, key: str) -> bool:
         """A family's own rule; a key of config.json that contradicts it is not passed over."""
-        said = self._bool(key, bool(fixed))
+        said = self.boolean(key, bool(fixed))
         if fixed is not None and key in self.values and said != fixed:
-            raise self._error(key, f"must be {str(fixed).lower()} in this architecture", said)
+            raise self.error(key, f"must be {str(fixed).lower()} in this architecture", said)
         return said if fixed is None else fixed
 
     def _dtype(self) -> str:
         name = self.values.get("dtype") or self.values.get("torch_dtype") or "float32"
         if name not in _DTYPES:
-            raise self._error("torch_dtype", f"must be one of {', '.join(_DTYPES)}", name)
+            raise self.error("torch_dtype", f"must be one of {', '.join(_DTYPES)}", name)
         return str(name)
-
-    def _positive(self, key: str, default: int | None = None) -> int:
-        value = self.values.get(key)
-        value = default if value is None else value
-        most = _MOST.get(key, _MOST_SIZE)
-        if type(value) is not int or not 1 <= value <= most:
-            raise self._error(key, f"must be an integer of 1 to {most}", value)
-        return value
-
-    def _number(self, key: str, default: float, least: float, most: float) -> float:
-        """A number that float32 arithmetic can take."""
-        value = self.values.get(key)
-        value = default if value is None else value
-        if type(value) not in (int, float) or not least <= value <= most:
-            raise self._error(key, f"must be a number of {least:g} to {most:g}", value)
-        return float(value)
-
-    def _bool(self, key: str, default: bool) -> bool:
-        value = self.values.get(key, default)
-        if type(value) is not bool:
-            raise self._error(key, "must be true or false", value)
-        return value
-
-    def _error(self, key: str, rule: str, value: object) -> ModelError:
-        shown = repr(value)
-        shown = shown if len(shown) <= _LONGEST_VALUE else shown[:_LONGEST_VALUE] + "…"
-        return ModelError(f"{self.source}: {key} {rule}, but is {shown}.")
 
 
 def token_ids(value: object, source: str) -> tuple[int, ...]:

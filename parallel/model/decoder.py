@@ -8,8 +8,7 @@ L length of the cache, F local FFN, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +24,9 @@ from parallel.layers import (
 )
 from parallel.model.captured import CapturedLayers, can_capture
 from parallel.model.config import ModelConfig
+from parallel.model.masks import score_masks
 from parallel.model.rope import cos_sin_table
-from quant.elementwise import rms_norm, rotate, silu_product
+from quant.elementwise import norm_heads, rms_norm, rotate, silu_product
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ class Segment:
     def starts_sequence(self) -> bool:
         """Whether the run begins at the sequence's first position."""
         return self.length == self.stop - self.start
+
+    def first_seen(self, window: int | None) -> int:
+        """The first position that any of its queries sees."""
+        first_query = self.length - (self.stop - self.start)
+        return 0 if window is None else max(0, first_query + 1 - window)
 
 
 @dataclass(frozen=True)
@@ -82,15 +87,20 @@ class StepContext:
     step: Step
     cos_L1C: Tensor
     sin_L1C: Tensor
+    _masks: dict[int | None, tuple[Tensor | None, ...]] = field(default_factory=dict, init=False)
 
-    @cached_property
-    def masks(self) -> tuple[Tensor | None, ...]:
+    def masks(self, window: int | None) -> tuple[Tensor | None, ...]:
         """For each run of a prefill, or once for decode: what is added to the scores, 0 or -inf.
 
         None where every query sees every position, or the run is a whole prompt's beginning, which
         the attention masks by itself.
+
+        Args:
+            window: how many positions a query sees, its own included; None: all before it.
         """
-        return score_masks(self.step, self.cos_L1C.dtype)
+        if window not in self._masks:
+            self._masks[window] = score_masks(self.step, self.cos_L1C.dtype, window)
+        return self._masks[window]
 
 
 @dataclass(frozen=True)
@@ -106,17 +116,39 @@ class RMSNorm:
 
 
 @dataclass(frozen=True)
+class HeadNorm:
+    """The norms of each head of q and of each head of k (Qwen3): one weight for all heads of each."""
+
+    q_weight_C: Tensor
+    k_weight_C: Tensor
+    eps: float
+
+    def __call__(self, qkv: Tensor, num_heads: int, num_kv_heads: int) -> None:
+        """Norm the heads of q and k, which begin each row, in place."""
+        norm_heads(qkv, (num_heads, num_kv_heads), (self.q_weight_C, self.k_weight_C), self.eps)
+
+
+@dataclass(frozen=True)
 class Attention:
-    """Grouped-query attention over this rank's heads; kv heads are never repeated in memory."""
+    """Grouped-query attention over this rank's heads; kv heads are never repeated in memory.
+
+    Attributes:
+        window: how many positions a query sees, its own included; None: all before it.
+        head_norm: of q and k, before they are rotated, where the family has it.
+    """
 
     layer: int
     head_dim: int
     qkv_proj: ColumnParallelLinears
     o_proj: RowParallelLinear
+    window: int | None = None
+    head_norm: HeadNorm | None = None
 
     def __call__(self, x_TD: Tensor, context: StepContext, cache: KVCache) -> Tensor:
         num_heads, num_kv_heads, _ = (size // self.head_dim for size in self.qkv_proj.local_sizes)
         qkv = self.qkv_proj(x_TD)
+        if self.head_norm is not None:
+            self.head_norm(qkv, num_heads, num_kv_heads)
         # q and k lie side by side: one rotation turns both.
         rotate(
             qkv,
@@ -134,7 +166,7 @@ class Attention:
     def prefill(self, q_THC: Tensor, context: StepContext, cache: KVCache) -> Tensor:
         runs = [
             self._attend_run(q_THC[segment.start : segment.stop], segment, mask, cache)
-            for segment, mask in zip(context.step.segments, context.masks, strict=True)
+            for segment, mask in zip(context.step.segments, context.masks(self.window), strict=True)
         ]
         return runs[0] if len(runs) == 1 else torch.cat(runs)
 
@@ -142,7 +174,8 @@ class Attention:
         self, q_THC: Tensor, segment: Segment, mask_TL: Tensor | None, cache: KVCache
     ) -> Tensor:
         """One sequence: kv heads are the batch, the G query heads of each share its keys."""
-        k_KLC, v_KLC = cache.row(self.layer, segment.row, segment.length)
+        first = segment.first_seen(self.window)
+        k_KLC, v_KLC = cache.row(self.layer, segment.row, segment.length, first)
         q_KGTC = q_THC.unflatten(1, (k_KLC.shape[0], -1)).permute(1, 2, 0, 3)
         num_groups = q_KGTC.shape[1]
         k_KGLC, v_KGLC = (x.unsqueeze(1).expand(-1, num_groups, -1, -1) for x in (k_KLC, v_KLC))
@@ -156,7 +189,12 @@ class Attention:
         """One token a sequence."""
         step = context.step
         return cache.attend(
-            self.layer, q_BHC, step.positions_T, step.length, lambda: context.masks[0]
+            self.layer,
+            q_BHC,
+            step.positions_T,
+            step.length,
+            lambda: context.masks(self.window)[0],
+            self.window,
         )
 
 
@@ -276,24 +314,3 @@ class Decoder:
             granularity=self.kv_granularity,
             scales=self.kv_scales,
         )
-
-
-def score_masks(step: Step, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-    """What is added to the scores of each run; a mask of bools would be converted in each layer."""
-    if not step.segments:
-        if len(step.positions_T) == 1:  # step.length is this token's: it sees all of them
-            return (None,)
-        return (_hidden(step.positions_T, step.length, dtype)[:, None, None, :],)
-    return tuple(
-        None
-        if segment.starts_sequence or segment.stop - segment.start == 1
-        else _hidden(step.positions_T[segment.start : segment.stop], segment.length, dtype)
-        for segment in step.segments
-    )
-
-
-def _hidden(positions_T: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """-inf where a cached position comes after the query's, 0 elsewhere, [T, length]."""
-    places_L = torch.arange(length, device=positions_T.device)
-    mask_TL = torch.zeros(len(positions_T), length, dtype=dtype, device=positions_T.device)
-    return mask_TL.masked_fill_(places_L > positions_T.unsqueeze(1), float("-inf"))

@@ -48,6 +48,8 @@ Table = dict[str, Row]
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+# The norms of each head of q and of k, where a family has them.
+HEAD_NORMS = ("q_norm", "k_norm")
 # Static scales of a layer's keys and values, one of each channel, by the names of compressed-tensors.
 KV_SCALES = ("self_attn.k_scale", "self_attn.v_scale")
 
@@ -122,6 +124,8 @@ def _attention(config: ModelConfig, prefix: str) -> Iterator[Row]:
     yield from _column(prefix + "q_proj", q_size, config.hidden_size, heads, bias)
     yield from _column(prefix + "k_proj", kv_size, config.hidden_size, kv_heads, bias)
     yield from _column(prefix + "v_proj", kv_size, config.hidden_size, kv_heads, bias)
+    for name in HEAD_NORMS if config.qk_norm else ():
+        yield Row(f"{prefix}{name}.weight", (config.head_dim,), Replicate())
     cut = Split(1, config.head_dim)
     yield from _row(prefix + "o_proj", config.hidden_size, q_size, cut, config.o_bias)
 

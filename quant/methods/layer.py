@@ -132,8 +132,10 @@ class Layer:
 
     Attributes:
         products: by short name, such as `q_proj`.
-        norms: `input_layernorm` and `post_attention_layernorm`, the stored dtype.
+        norms: `input_layernorm` and `post_attention_layernorm`, and `q_norm` and `k_norm` where the
+            family has them; the stored dtype.
         head_dim: channels of a head.
+        window: how many positions a query sees, its own included; None: all before it.
         folded: the scale of each input (names of INPUTS) that was divided by one.
         changed: the float tensors that are no longer as they were read: `input_layernorm.weight`,
             `v_proj.bias`; of weights, those that stay floats.
@@ -144,6 +146,7 @@ class Layer:
     products: dict[str, Product]
     norms: dict[str, Tensor]
     head_dim: int
+    window: int | None = None
     folded: dict[str, Tensor] = field(default_factory=dict)
     changed: set[str] = field(default_factory=set)
     rounds_key_values: bool = False

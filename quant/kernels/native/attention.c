@@ -35,7 +35,8 @@ typedef struct {
    [B, K * G, C], contiguous. keys, values: of `cached`, that type or INT8; position p of kv head k of
    sequence b starts at element b * row + k * head + p * C. key_scale, value_scale: of INT8; that of
    the position at b * scale_row + k * scale_head + p, or where is_static that of channel c at
-   k * C + c. positions: of each query; it sees those up to its own. C: a multiple of 16, at most
+   k * C + c. positions: of each query; it sees those up to its own, the
+   last `window` of them where that is not 0. C: a multiple of 16, at most
    MAX_CHANNELS; G: at most MAX_GROUP. All strides in elements. */
 typedef struct {
     int64_t set;
@@ -46,7 +47,7 @@ typedef struct {
     const float *key_scale, *value_scale;
     int64_t is_static, scale_row, scale_head;
     const int64_t *positions;
-    int64_t B, K, G, C;
+    int64_t window, B, K, G, C;
     void *out;
 } attend_t;
 
@@ -83,13 +84,15 @@ int shardrun_attend(const attend_t *a) {
     int has_scales = a->cached == INT8 && !a->is_static;
 #pragma omp parallel for schedule(dynamic, 1) if (B * K * (a->positions[0] + 8) > 512)
     for (int64_t task = 0; task < B * K; task++) {
-        int64_t b = task / K, k = task % K, scale = b * a->scale_row + k * a->scale_head;
+        int64_t b = task / K, k = task % K, length = a->positions[b] + 1;
+        int64_t first = a->window && length > a->window ? length - a->window : 0;
+        int64_t scale = b * a->scale_row + k * a->scale_head + first;
         float scaled[MAX_GROUP * MAX_CHANNELS], results[MAX_GROUP * MAX_CHANNELS];
         run_t run = {
-            a->keys, a->values, (int)a->cached, b * a->row + k * a->head,
+            a->keys, a->values, (int)a->cached, b * a->row + k * a->head + first * C,
             has_scales ? a->key_scale + scale : NULL, has_scales ? a->value_scale + scale : NULL};
         scale_queries(a, b, k, scaled);
-        attend(scaled, &run, G, C, a->positions[b] + 1, results);
+        attend(scaled, &run, G, C, length - first, results);
         store_results(a, k, results, task * G * C);
     }
     return 0;

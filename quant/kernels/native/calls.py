@@ -27,11 +27,12 @@ _CALLS = {
     "out_type",
     "bfloat16": "set *x x_type x_stride M K *w N *bias bias_type *out out_type *work",
     "attend": "set *q type q_row q_head *keys *values cached row head *key_scale *value_scale "
-    "is_static scale_row scale_head *positions B K G C *out",
+    "is_static scale_row scale_head *positions window B K G C *out",
     "write_slots": "*keys *values stride *slots T H bytes *to_keys *to_values head",
     "write_int8": "set *keys *values type stride *slots T H C *to_keys *to_values head *key_scale "
     "*value_scale is_static scale_head",
     "rms_norm": "set *x *delta *weight type T D %eps *out",
+    "norm_heads": "set *x type stride T H K C *q_weight *k_weight %eps",
     "silu_product": "set *gate_up type T F *out",
     "rotate": "set *x type stride T H C *cos *sin *positions",
     "group_amax": "set *x type stride N K S *amax",

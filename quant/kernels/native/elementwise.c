@@ -39,6 +39,28 @@ int shardrun_rms_norm(const rms_norm_t *a) {
 
 typedef struct {
     int64_t set;
+    void *x;
+    int64_t type, stride, T, H, K, C;
+    const void *q_weight, *k_weight;
+    double eps;
+} norm_heads_t;
+
+/* x = weight * (x / rms(x)) of each head by itself, in place: the first H heads of each row with
+   q_weight, the K after them with k_weight. x: [T, >= (H + K) * C], rows `stride` elements apart; the
+   weights: [C]. C a multiple of 8. */
+int shardrun_norm_heads(const norm_heads_t *a) {
+    int64_t num_heads = a->H + a->K;
+#pragma omp parallel for schedule(static) if (a->T > 1 && a->T * num_heads * a->C > SMALL)
+    for (int64_t t = 0; t < a->T; t++)
+        for (int64_t h = 0; h < num_heads; h++)
+            CHOOSE(a->set, norm_row)
+                (a->x, NULL, h < a->H ? a->q_weight : a->k_weight, a->type,
+                 t * a->stride + h * a->C, a->C, (float)a->eps, a->x);
+    return 0;
+}
+
+typedef struct {
+    int64_t set;
     const void *gate_up;
     int64_t type, T, F;
     void *out;

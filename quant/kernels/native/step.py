@@ -35,17 +35,26 @@ def linear_bfloat16(
     return out_MN
 
 
-def attend(q_BHC: Tensor, keys_BKLC: Tensor, values_BKLC: Tensor, positions_B: Tensor) -> Tensor:
+def attend(
+    q_BHC: Tensor,
+    keys_BKLC: Tensor,
+    values_BKLC: Tensor,
+    positions_B: Tensor,
+    window: int | None = None,
+) -> Tensor:
     """Decode attention, [B, H, C]: each head's query over the first positions of its sequence.
 
     Args:
         keys_BKLC, values_BKLC: views of the cache with the same strides; H is a multiple of K.
         positions_B: int64; a query sees its own position and those before it.
+        window: how many of these it sees, the last ones; None: all.
     """
-    return _attend(q_BHC, keys_BKLC, values_BKLC, positions_B, (None, None, 0, 0, 0))
+    return _attend(q_BHC, keys_BKLC, values_BKLC, positions_B, window, (None, None, 0, 0, 0))
 
 
-def attend_int8(q_BHC: Tensor, store: Int8Store, positions_B: Tensor) -> Tensor:
+def attend_int8(
+    q_BHC: Tensor, store: Int8Store, positions_B: Tensor, window: int | None = None
+) -> Tensor:
     """The same over integers, which become floats in registers only.
 
     Args:
@@ -53,11 +62,16 @@ def attend_int8(q_BHC: Tensor, store: Int8Store, positions_B: Tensor) -> Tensor:
     """
     strides = (0, 0) if store.is_static else store.key_scale.stride()[:2]
     scales = (store.key_scale, store.value_scale, int(store.is_static), *strides)
-    return _attend(q_BHC, store.keys, store.values, positions_B, scales)
+    return _attend(q_BHC, store.keys, store.values, positions_B, window, scales)
 
 
 def _attend(
-    q_BHC: Tensor, keys_BKLC: Tensor, values_BKLC: Tensor, positions_B: Tensor, scales: Any
+    q_BHC: Tensor,
+    keys_BKLC: Tensor,
+    values_BKLC: Tensor,
+    positions_B: Tensor,
+    window: int | None,
+    scales: Any,
 ) -> Tensor:
     """Args: scales: the fields of the struct from key_scale to scale_head."""
     batch, heads, channels = q_BHC.shape
@@ -65,8 +79,8 @@ def _attend(
     out_BHC = torch.empty(batch, heads, channels, dtype=q_BHC.dtype)
     call(
         "attend", widest(), q_BHC, TYPES[q_BHC.dtype], *q_BHC.stride()[:2], keys_BKLC, values_BKLC,
-        TYPES[keys_BKLC.dtype], *keys_BKLC.stride()[:2], *scales, positions_B, batch, num_kv_heads,
-        heads // num_kv_heads, channels, out_BHC,
+        TYPES[keys_BKLC.dtype], *keys_BKLC.stride()[:2], *scales, positions_B, window or 0, batch,
+        num_kv_heads, heads // num_kv_heads, channels, out_BHC,
     )  # fmt: skip
     return out_BHC
 
@@ -103,6 +117,16 @@ def rms_norm(x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float
         "rms_norm", widest(), x_TD, delta_TD, weight_D, TYPES[x_TD.dtype], *x_TD.shape, eps, out_TD
     )
     return out_TD
+
+
+def norm_heads(
+    x_TE: Tensor, counts: tuple[int, int], weights: tuple[Tensor, Tensor], eps: float
+) -> None:
+    """Norm the first heads of each row in place: so many with one weight, so many with the other."""
+    call(
+        "norm_heads", widest(), x_TE, TYPES[x_TE.dtype], x_TE.stride(0), x_TE.shape[0], *counts,
+        len(weights[0]), *weights, eps,
+    )  # fmt: skip
 
 
 def silu_product(gate_up_TF: Tensor) -> Tensor:
