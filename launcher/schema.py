@@ -53,7 +53,9 @@ def _key(default: Any, text: str, rule: Rule | None = None) -> Any:
 class TaskSection:
     """Which task runs."""
 
-    name: str = _key("generate", "generate, prepare, export, plan, verify, eval, bench or env")
+    name: str = _key(
+        "generate", "generate, prepare, export, plan, verify, eval, bench, check or env"
+    )
 
 
 @dataclass
@@ -320,6 +322,9 @@ class Config:
     bench: BenchSection = field(default_factory=BenchSection)
     checkpoint: str | None = _key(
         None, "directory of the checkpoint; null: the embedded demo model"
+    )
+    verify_checksums: bool = _key(
+        False, "hash a prepared checkpoint before it is used, each rank its own shard"
     )
     output: str | None = _key(None, "directory that prepare or export writes")
     config: str | None = _key(None, "YAML file of these keys, or a MindFormers predict YAML")

@@ -190,7 +190,7 @@ def test_thousands_of_changed_bytes_are_refused_or_read_as_the_library_reads_the
     data = small.read_bytes()
     length = 8 + int.from_bytes(data[:8], "little")
     num_read = 0
-    for _ in range(4000):
+    for _ in range(2000):
         damaged = bytearray(data)
         for _ in range(rng.choice((1, 1, 2, 4))):
             # Digits and quotes find the way past the JSON more often than any byte.
@@ -210,7 +210,7 @@ def test_thousands_of_changed_bytes_are_refused_or_read_as_the_library_reads_the
             # Bytes, as a changed dtype gives floats that are no numbers.
             assert bytes_of(found[name]) == bytes_of(tensor)
         num_read += 1
-    assert num_read > 50  # names and metadata may change
+    assert num_read > 20  # names and metadata may change
 
 
 def bytes_of(tensor: torch.Tensor) -> bytes:

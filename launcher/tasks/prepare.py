@@ -25,6 +25,10 @@ def run(config: Config, environment: WorkerEnvironment) -> None:
         print(f"shardrun: {note}", file=sys.stderr)
     import torch  # here, so that a refusal need not wait for it
 
+    from launcher.tasks.checksums import check_all_shards
+
+    check_all_shards(resolved.config, resolved.checkpoint)
+
     num_threads = num_writers()
     # One tensor a thread: torch's own threads would only get in each other's way.
     torch.set_num_threads(1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 SHARD_FILE = "model.safetensors"
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class PreparedSource:
 
     Attributes:
         size: the tensor-parallel size it was cut for; any slice can be read all the same.
+        ranks: whose shards are here: all of them, unless `prepare` was asked for some.
         scheme: how its weights are quantized.
         vocab_emb_dp: whether every rank has the whole embedding.
 
@@ -47,17 +50,18 @@ class PreparedSource:
         self.path = path
         self.manifest = _read_manifest(path / MANIFEST)
         self.size: int = self.manifest["mesh"]["tp"]
+        self.ranks: tuple[int, ...] = tuple(self.manifest.get("ranks", range(self.size)))
         self.scheme = QuantScheme.from_dict(self.manifest["scheme"])
         self.vocab_emb_dp: bool = self.manifest["vocab_emb_dp"]
-        self._shards = {name: _shards(entry) for name, entry in self._entries()}
+        self._shards = {name: _shards(entry, self.ranks) for name, entry in self._entries()}
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(tuple(entry["shape"]), entry["dtype"], MANIFEST)
             for name, entry in self._entries()
         }
-        self._files = [
-            SafetensorsFile(path / f"rank_{rank}" / SHARD_FILE) for rank in range(self.size)
-        ]
-        for rank in range(self.size):
+        self._files = {
+            rank: SafetensorsFile(path / f"rank_{rank}" / SHARD_FILE) for rank in self.ranks
+        }
+        for rank in self.ranks:
             self._check_file(rank)
 
     def read(self, name: str, index: Index) -> Tensor:
@@ -65,6 +69,11 @@ class PreparedSource:
         for shard in self._shards[name]:
             if _contains(shard.index, index):
                 return self._read_shard(name, shard, index)
+        if len(self.ranks) < self.size:
+            raise CheckpointError(
+                f"{self.path} has the shards of the ranks {', '.join(map(str, self.ranks))} of "
+                f"{self.size} alone, and more of {name} is asked for; prepare the others too."
+            )
         return self._join(name, index)
 
     def identity(self) -> dict[str, Any]:
@@ -72,8 +81,16 @@ class PreparedSource:
         return dict(self.manifest["source"])
 
     def slices(self, name: str) -> list[Index]:
-        """The slice of a tensor that each rank's file holds."""
+        """The slice of a tensor that the file of each of `ranks` holds."""
         return [shard.index for shard in self._shards[name]]
+
+    def file(self, rank: int) -> SafetensorsFile:
+        """The shard file of a rank that is here."""
+        return self._files[rank]
+
+    def sha256(self, name: str, rank: int) -> str:
+        """The sum of a rank's slice of a tensor, by the manifest."""
+        return str(self.manifest["tensors"][name]["shards"][self.ranks.index(rank)]["sha256"])
 
     def _entries(self) -> list[tuple[str, dict[str, Any]]]:
         return list(self.manifest["tensors"].items())
@@ -140,7 +157,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _check_manifest(manifest: dict[str, Any]) -> None:
-    """Every value that is read later has its type, and every tensor a shard for each rank."""
+    """Every value that is read later has its type, and every tensor a shard for each rank that is
+    here."""
     size = manifest["mesh"]["tp"]
     if manifest["complete"] is not True or type(size) is not int or size < 1:
         raise ValueError(f"complete is {manifest['complete']!r}, tp is {size!r}")
@@ -148,23 +166,29 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
         raise ValueError(f"the mesh is {manifest['mesh']!r}, of which only tp is known")
     if type(manifest["vocab_emb_dp"]) is not bool or type(manifest["source"]) is not dict:
         raise ValueError("vocab_emb_dp or source is of another type")
+    ranks = manifest.get("ranks", list(range(size)))
+    is_known = ranks and all(type(rank) is int for rank in ranks)
+    if not is_known or ranks != [rank for rank in range(size) if rank in ranks]:
+        raise ValueError(f"ranks is {ranks!r} of {size}")
     QuantScheme.from_dict(manifest["scheme"])
     for name, entry in manifest["tensors"].items():
         lengths = [*entry["shape"], *(end for shard in entry["shards"] for end in _ends(shard))]
         if not all(type(length) is int and length >= 0 for length in lengths):
             raise ValueError(f"{name} has a length that is no whole number")
-        if len(entry["shards"]) != size or entry["dtype"] not in DTYPE_BYTES:
+        if len(entry["shards"]) != len(ranks) or entry["dtype"] not in DTYPE_BYTES:
             raise ValueError(f"{name} has {len(entry['shards'])} shards of {entry['dtype']!r}")
+        if not all(_SHA256.fullmatch(shard["sha256"]) for shard in entry["shards"]):
+            raise ValueError(f"{name} has a sum that is none")
 
 
 def _ends(shard: dict[str, Any]) -> Iterator[int]:
     return (end for start, stop in shard["slice"] for end in (start, stop))
 
 
-def _shards(entry: dict[str, Any]) -> list[_Shard]:
+def _shards(entry: dict[str, Any], ranks: Sequence[int]) -> list[_Shard]:
     return [
         _Shard(rank, tuple(slice(start, stop) for start, stop in shard["slice"]))
-        for rank, shard in enumerate(entry["shards"])
+        for rank, shard in zip(ranks, entry["shards"], strict=True)
     ]
 
 
