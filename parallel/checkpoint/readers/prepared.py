@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parallel.checkpoint.json_file import read_json_object
+from parallel.checkpoint.json_file import distinct, read_json_object
 from parallel.checkpoint.readers.safetensors_file import SafetensorsFile
 from parallel.checkpoint.source import DTYPE_BYTES, TensorInfo
 from parallel.errors import CheckpointError
@@ -144,8 +144,9 @@ def is_prepared(path: Path) -> bool:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    manifest = read_json_object(path)
-    if manifest.get("format") != "shardrun" or manifest.get("version") != FORMAT_VERSION:
+    manifest = read_json_object(path, hook=distinct)
+    version = manifest.get("version")
+    if manifest.get("format") != "shardrun" or (type(version), version) != (int, FORMAT_VERSION):
         raise CheckpointError(
             f"{path} is not a manifest of version {FORMAT_VERSION}; prepare the checkpoint again."
         )
@@ -166,10 +167,13 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
         raise ValueError(f"the mesh is {manifest['mesh']!r}, of which only tp is known")
     if type(manifest["vocab_emb_dp"]) is not bool or type(manifest["source"]) is not dict:
         raise ValueError("vocab_emb_dp or source is of another type")
-    ranks = manifest.get("ranks", list(range(size)))
-    is_known = ranks and all(type(rank) is int for rank in ranks)
-    if not is_known or ranks != [rank for rank in range(size) if rank in ranks]:
+    ranks = manifest.get("ranks", range(size))
+    if not all(type(rank) is int and 0 <= rank < size for rank in manifest.get("ranks", [0])):
         raise ValueError(f"ranks is {ranks!r} of {size}")
+    if "ranks" in manifest and (not ranks or ranks != sorted(set(ranks))):
+        raise ValueError(f"ranks is {ranks!r}, not in their order")
+    if not manifest["tensors"]:
+        raise ValueError("it lists no tensors")
     QuantScheme.from_dict(manifest["scheme"])
     for name, entry in manifest["tensors"].items():
         lengths = [*entry["shape"], *(end for shard in entry["shards"] for end in _ends(shard))]

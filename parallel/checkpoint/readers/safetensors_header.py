@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from parallel.checkpoint.json_file import distinct
 from parallel.checkpoint.regular_file import check_regular, reason
 from parallel.checkpoint.source import DTYPE_BYTES, DTYPE_NAMES, TensorInfo
 from parallel.errors import CheckpointError
@@ -54,7 +55,7 @@ def read_header(path: Path) -> Header:
     try:
         head, size = _read_head(path)
         entries = json.loads(
-            head[8:].decode("utf-8"), object_pairs_hook=_distinct, parse_constant=_no_constant
+            head[8:].decode("utf-8"), object_pairs_hook=distinct, parse_constant=_no_constant
         )
         return _checked(entries, head, size, path)
     except (OSError, ValueError, RecursionError) as error:
@@ -79,14 +80,6 @@ def _read_head(path: Path) -> tuple[bytes, int]:
                 f"its header has {num_bytes:,} bytes, at most {_MOST_BYTES:,} are read"
             )
         return length + file.read(num_bytes), size
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice")
-    return found
 
 
 def _no_constant(word: str) -> None:
