@@ -11,7 +11,7 @@ from glob import glob
 from setuptools import Extension, setup
 
 NATIVE = "quant/kernels/native"
-SOURCES = ("int8", "int4", "bfloat16", "attention", "elementwise", "program")
+SOURCES = ("int8", "int4", "bfloat16", "attention", "elementwise", "rounding", "program")
 
 setup(
     ext_modules=[

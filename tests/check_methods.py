@@ -40,7 +40,8 @@ from quant.methods.awq import awq_scales
 from quant.methods.gptq import GPTQArguments, factor, round_rows
 from quant.methods.layer import INPUTS
 from quant.methods.ptq import Recipe
-from quant.numeric import Grid, quantize
+from quant.numeric import Grid
+from quant.rounding import quantize
 
 DEMO = Path(__file__).parents[1] / "launcher" / "demo"
 GRID = Grid(4, 32)

@@ -24,7 +24,8 @@ from parallel.group import LoneGroup, SimulatedGroup
 from quant.methods.gptq import GPTQArguments
 from quant.methods.layer import INPUTS, Product, Rounded
 from quant.methods.ptq import Recipe
-from quant.numeric import Grid, dequantize, quantize
+from quant.numeric import Grid, dequantize
+from quant.rounding import quantize
 from tests.checkpoints import write_checkpoint
 from tests.models import run_ranks
 

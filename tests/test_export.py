@@ -244,7 +244,7 @@ print(peak >> 10)
     small, large = (peak_kib(script, tmp_path, layers) for layers in (2, 12))
     # 10 more layers are 113 MB of int8. A tensor is 2.9 MB, joined from its shards and turned over,
     # two at a time; the small model may be done between two looks, so the bound is theirs alone.
-    assert large < small + 30_000
+    assert large < small + 60_000
 
 
 # ---------------------------------------------------------------------------------------- refusals

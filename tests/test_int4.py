@@ -12,7 +12,8 @@ from quant.kernels import reference
 from quant.kernels.reference import ReferenceKernel
 from quant.linear import linear
 from quant.methods.rtn import round_to_nearest
-from quant.numeric import Grid, dequantize, pack_int4, quantize, unpack_int4, weight_scale
+from quant.numeric import Grid, dequantize, pack_int4, unpack_int4
+from quant.rounding import quantize, weight_scale
 from quant.scheme import LinearScheme
 from quant.weight import QuantizedWeight, fuse
 
@@ -96,7 +97,7 @@ def test_zero_group_gives_zeros_and_spares_its_neighbours():
 def test_blocks_of_rows_change_no_group(monkeypatch):
     weight = random_weight(100, 70)
     whole = quantize(weight, Grid(4, 32))
-    monkeypatch.setattr("quant.numeric.BLOCK_BYTES", 7 * 70 * 4)
+    monkeypatch.setattr("quant.rounding.BLOCK_BYTES", 7 * 70 * 4)
     for one, other in zip(whole, quantize(weight, Grid(4, 32)), strict=True):
         assert torch.equal(one, other)
 

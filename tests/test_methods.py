@@ -21,7 +21,8 @@ from quant.methods.folding import fold, share
 from quant.methods.gptq import GPTQArguments, factor, round_rows
 from quant.methods.layer import INPUTS, Layer, Product, Rounded
 from quant.methods.smooth_quant import smooth, smooth_scale
-from quant.numeric import Grid, dequantize, quantize, weight_scale
+from quant.numeric import Grid, dequantize
+from quant.rounding import quantize, weight_scale
 from tests.checkpoints import write_checkpoint
 
 FAMILIES = {

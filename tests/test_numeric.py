@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from quant.linear import linear
-from quant.numeric import Grid, dequantize, quantize, weight_scale
+from quant.numeric import Grid, dequantize
+from quant.rounding import quantize, weight_scale
 from quant.scheme import QuantError, QuantScheme
 from quant.weight import QuantizedWeight
 
@@ -83,7 +84,7 @@ def test_quantizing_leaves_its_input_alone():
 def test_blocks_of_rows_change_nothing(monkeypatch):
     weight = random_weight(100, 64)
     whole = quantize(weight, INT8)
-    monkeypatch.setattr("quant.numeric.BLOCK_BYTES", 7 * 64 * 4)
+    monkeypatch.setattr("quant.rounding.BLOCK_BYTES", 7 * 64 * 4)
     for one, other in zip(whole, quantize(weight, INT8), strict=True):
         assert torch.equal(one, other)
 

@@ -16,7 +16,8 @@ from parallel.checkpoint.open import open_checkpoint
 from parallel.checkpoint.readers.prepared import PreparedSource
 from parallel.checkpoint.store import write_prepared
 from parallel.errors import CheckpointError
-from quant.numeric import Grid, quantize
+from quant.numeric import Grid
+from quant.rounding import quantize
 from quant.scheme import QuantScheme
 from tests.checkpoints import write_checkpoint
 from tests.memory import peak_kib

@@ -105,7 +105,7 @@ def _check_gate(most: float | None, found: Perplexities | None, state_dir: Path)
 
 
 def _write(rank: Rank, source: CalibratedSource, layout: Layout, output: Path) -> None:
-    total = sum(source_bytes(source, row) for row in layout.table.values())
+    total = source_bytes(layout, source)
     with _bar(rank, total, "prepare", unit="B", unit_scale=True) as bar:
         write_prepared(
             layout,

@@ -44,7 +44,7 @@ def _write(resolved: Resolved, output: Path, num_threads: int) -> int:
 
     assert resolved.config.parallel.tp is not None
     source = resolved.checkpoint.source
-    total = sum(source_bytes(source, row) for row in resolved.layout.table.values())
+    total = source_bytes(resolved.layout, source)
     with tqdm(
         total=total, unit="B", unit_scale=True, desc="prepare", disable=not sys.stderr.isatty()
     ) as bar:

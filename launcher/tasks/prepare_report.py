@@ -14,9 +14,9 @@ from launcher.table import print_table
 from launcher.tasks.prepare_plot import draw_errors
 from parallel.calibration.held_out import Perplexities
 from parallel.calibration.result import LayerError
+from parallel.checkpoint.conversion import num_bytes
 from parallel.checkpoint.layout import Layout
 from parallel.checkpoint.source import Source
-from parallel.checkpoint.store import source_bytes
 from parallel.model.placements import linear_modules
 
 
@@ -67,8 +67,9 @@ class Report:
 
     @property
     def bytes_before(self) -> int:
+        """Of the source; a KV cache's scales are none of it."""
         rows = (row for row in self.layout.table.values() if not row.is_kv_scale)
-        return sum(source_bytes(self.source, row) for row in rows)
+        return sum(num_bytes(self.source, name) for name in {row.twin or row.name for row in rows})
 
     @property
     def bytes_after(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from parallel.checkpoint.source import DTYPE_BYTES, DTYPE_NAMES
 from parallel.checkpoint.whole_directory import disk_errors
 from parallel.placement import Shape
 
+_READ_BYTES = 8 << 20
 _CODES = {name: code for code, name in DTYPE_NAMES.items()}
 
 
@@ -34,10 +36,11 @@ class PlannedTensor:
 
 
 class PlannedFile:
-    """Room for every tensor from the start; each is written once, by any thread.
+    """Room for every tensor from the start; each is written once, whole or in runs of rows, by any
+    thread.
 
     Args:
-        path: must not exist.
+        path: what stands there, a run that was cut off has written: its data stay.
         metadata: strings for the header, beside the format that transformers asks for.
 
     Raises:
@@ -47,25 +50,44 @@ class PlannedFile:
     def __init__(
         self, path: Path, tensors: Iterable[PlannedTensor], metadata: Mapping[str, str]
     ) -> None:
+        self.path = path
         self.tensors = {tensor.name: tensor for tensor in tensors}
         header, self._offsets, num_bytes = _header(self.tensors.values(), metadata)
         with disk_errors(path):
-            self._fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            self._fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o644)
             os.pwrite(self._fd, header, 0)
             os.posix_fallocate(self._fd, 0, max(1, len(header) + num_bytes))
 
-    def write(self, name: str, tensor: Tensor) -> memoryview:
-        """Put a tensor at its place; returns its bytes, for a sum of them."""
+    def write(self, name: str, tensor: Tensor, first_row: int = 0) -> memoryview:
+        """Put a tensor, or its rows from `first_row`, in its place; returns the bytes, for a sum."""
         planned, data = self.tensors[name], tensor_bytes(tensor)
         assert str(tensor.dtype) == f"torch.{planned.dtype}", (name, tensor.dtype, planned.dtype)
-        assert tuple(tensor.shape) == planned.shape, (name, tensor.shape, planned.shape)
-        with disk_errors(Path(name)):
-            _pwrite_all(self._fd, data, self._offsets[name])
+        assert tuple(tensor.shape[1:]) == planned.shape[1:], (name, tensor.shape, planned.shape)
+        start = first_row * (planned.num_bytes // max(1, planned.shape[0]))
+        assert start + len(data) <= planned.num_bytes, (name, first_row, tensor.shape)
+        with disk_errors(self.path):
+            _pwrite_all(self._fd, data, self._offsets[name] + start)
         return data
 
+    def stored_sum(self, name: str) -> str:
+        """The sha256 of a tensor's bytes as they lie in the file."""
+        total, at = hashlib.sha256(), self._offsets[name]
+        end = at + self.tensors[name].num_bytes
+        while at < end:
+            data = os.pread(self._fd, min(_READ_BYTES, end - at), at)
+            total.update(data)
+            at += len(data)
+        return total.hexdigest()
+
+    def flush(self) -> None:
+        """Begin, and wait for, the writing of what is not on the disk yet."""
+        with disk_errors(self.path):
+            os.fdatasync(self._fd)
+
     def close(self) -> None:
-        os.fsync(self._fd)
-        os.close(self._fd)
+        with disk_errors(self.path):
+            os.fsync(self._fd)
+            os.close(self._fd)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -5,33 +5,30 @@
       config.json, tokenizer …    copied from the source
       rank_0/model.safetensors    the slices of rank 0, and so on
 
-It is written under a temporary name, flushed to the disk, and renamed: a directory of the final
-name is whole. Equal inputs give equal bytes: no time, host or absolute path is written.
+It is written aside, flushed to the disk, and renamed: a directory of the final name is whole. What a
+killed run leaves, the next one goes on with (unfinished.py). Equal inputs give equal bytes: no time,
+host or absolute path is written.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from parallel.checkpoint.compressed_config import without_quantization
+from parallel.checkpoint.conversion import Conversion, ShardFile, num_bytes, rows_by_source
+from parallel.checkpoint.json_file import read_json_object
 from parallel.checkpoint.layout import Layout
-from parallel.checkpoint.planned_file import PlannedFile, PlannedTensor, tensor_bytes
-from parallel.checkpoint.readers.prepared import FORMAT_VERSION, MANIFEST, SHARD_FILE
-from parallel.checkpoint.shard import read_weight, source_name, weight_parts
+from parallel.checkpoint.manifest import write_manifest
+from parallel.checkpoint.readers.prepared import FORMAT_VERSION
 from parallel.checkpoint.side_files import copy_files
-from parallel.checkpoint.source import DTYPE_BYTES, Source
-from parallel.checkpoint.whole_directory import renamed_when_whole
+from parallel.checkpoint.source import Source
+from parallel.checkpoint.unfinished import Journal, Unfinished
+from parallel.errors import CheckpointError
+from parallel.group import Group, LoneGroup
 from parallel.model.config import override_config
-from parallel.model.placements import Row
-from parallel.placement import Index, index_shape
 
 
 def write_prepared(
@@ -40,101 +37,94 @@ def write_prepared(
     size: int,
     output: Path,
     *,
+    ranks: Sequence[int] | None = None,
     overrides: Mapping[str, Any] | None = None,
+    group: Group | None = None,
     num_threads: int = 1,
     on_bytes: Callable[[int], object] = lambda _: None,
 ) -> None:
-    """Write the shards of all ranks; every byte of the source is read once.
+    """Write the shards of all ranks, or of some; every byte of the source is read once.
 
     Args:
-        output: must not exist.
+        size: the ranks that the model is cut for.
+        output: must not exist; what a run with the same arguments left unfinished is gone on with.
+        ranks: whose shards are written; None: all.
         overrides: values that stand in for those of config.json, also in the copy of it.
-        num_threads: tensors that are worked on at a time; memory is bounded by that many.
-        on_bytes: told the source bytes of each tensor when it is done.
+        group: processes that share the work, on one file system; rank 0 of it begins and ends it.
+        num_threads: tensors that are worked on at a time in this process.
+        on_bytes: told the source bytes of each tensor that this process is done with.
 
     Raises:
-        CheckpointError: `output` exists, the disk is full, or a weight cannot be quantized.
+        CheckpointError: `output` exists, or was begun with other arguments or by another process; the
+            disk is full, or a weight cannot be quantized.
     """
-    source = _SummedSource(source)
-    with renamed_when_whole(output) as directory:
-        copy_files(source.path, directory, lambda config: _own_config(config, overrides or {}))
-        shards = [_ShardFile(layout, rank, size, directory) for rank in range(size)]
-        sums: dict[str, Any] = {}
-
-        def convert(row: Row) -> None:
-            sums[row.name] = _write_row(layout, source, row, shards)
-            on_bytes(source_bytes(source, row))
-
-        with ThreadPoolExecutor(num_threads) as pool:
-            list(pool.map(convert, layout.table.values()))
-        for shard in shards:
-            shard.close()
-        _write_manifest(directory, _manifest(layout, source, size, sums))
-
-
-def source_bytes(source: Source, row: Row) -> int:
-    """Size of a tensor in the source."""
-    info = source.tensors[source_name(source, row)]
-    return torch.Size(info.shape).numel() * DTYPE_BYTES[info.dtype]
-
-
-def _write_row(layout: Layout, source: Source, row: Row, shards: list[_ShardFile]) -> Any:
-    """Convert one whole tensor, lay each rank's slices down, and return the sums for the manifest."""
-    whole = tuple(slice(0, length) for length in row.shape)
-    weight = read_weight(layout, source, row, whole)
-    sums = {}
-    for name, tensor in weight_parts(row, weight).items():
-        stored = shards[0].stored[name]
-        slices = [stored.index(shard.rank, shard.size) for shard in shards]
-        sums[name] = {
-            "shape": list(stored.shape),
-            "dtype": stored.dtype,
-            "shards": [
-                {"slice": _plain(index), "sha256": shard.put(name, tensor[index])}
-                for shard, index in zip(shards, slices, strict=True)
-            ],
-        }
-    return sums
+    group = group or LoneGroup()
+    ranks = tuple(range(size)) if ranks is None else tuple(ranks)
+    config = _own_config(read_json_object(source.path / "config.json"), overrides or {})
+    unfinished = Unfinished(output, _arguments(layout, source, size, ranks, config))
+    with _owned(group, unfinished):
+        if group.rank == 0:
+            copy_files(source.path, unfinished.whole, lambda _: config)
+            for shard in _open_shards(layout, ranks, size, unfinished):
+                shard.close()
+        group.barrier()
+        _check_shared(unfinished)
+        shards = _open_shards(layout, ranks, size, unfinished)
+        journal = Journal(unfinished.directory, group.rank)
+        try:
+            Conversion(layout, source, size, shards, journal).run(
+                _share(layout, source, group), num_threads, on_bytes
+            )
+        finally:
+            journal.close()
+            for shard in shards:
+                shard.close()
+        group.barrier()
+        if group.rank == 0:
+            records = unfinished.read_records()
+            write_manifest(unfinished.whole, layout, source, size, ranks, records)
+    group.barrier()
 
 
-class _SummedSource:
-    """A source that takes the sum of each whole tensor as its bytes pass."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self._sums: dict[str, str] = {}
-        self.path = source.path
-        self.tensors = source.tensors
-
-    def read(self, name: str, index: Index) -> Tensor:
-        tensor = self._source.read(name, index)
-        if tuple(tensor.shape) == self.tensors[name].shape:
-            self._sums[name] = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
-        return tensor
-
-    def identity(self) -> dict[str, Any]:
-        """The source's own, with the sums unless it brings some from where it was prepared."""
-        return {"tensors": dict(sorted(self._sums.items())), **self._source.identity()}
+def source_bytes(layout: Layout, source: Source) -> int:
+    """Bytes of the source that a layout is made of."""
+    return sum(num_bytes(source, name) for name in rows_by_source(layout, source))
 
 
-class _ShardFile(PlannedFile):
-    """One rank's safetensors file."""
+@contextmanager
+def _owned(group: Group, unfinished: Unfinished) -> Iterator[None]:
+    """Rank 0 locks what is unfinished, and gives it its name; the others only write into it."""
+    if group.rank != 0:
+        yield
+        return
+    with unfinished.begun():
+        yield
 
-    def __init__(self, layout: Layout, rank: int, size: int, directory: Path) -> None:
-        self.rank, self.size = rank, size
-        self.stored = {tensor.name: tensor for tensor in layout.tensors}
-        folder = directory / f"rank_{rank}"
-        folder.mkdir()
-        entries = [
-            PlannedTensor(item.name, index_shape(item.index(rank, size)), item.dtype)
-            for item in layout.tensors
-        ]
-        # Ranks often have shards of equal shapes; the metadata tells one that was swapped.
-        super().__init__(folder / SHARD_FILE, entries, {"rank": str(rank), "tp": str(size)})
 
-    def put(self, name: str, tensor: Tensor) -> str:
-        """Put a tensor at its place; returns the sha256 of its bytes."""
-        return hashlib.sha256(self.write(name, tensor)).hexdigest()
+def _check_shared(unfinished: Unfinished) -> None:
+    if not unfinished.whole.exists():
+        raise CheckpointError(
+            f"`output` {unfinished.output} must be on a file system that all processes share, but "
+            "this one does not see it; choose another, or start one process for each host with "
+            "prepare.ranks."
+        )
+
+
+def _open_shards(
+    layout: Layout, ranks: Sequence[int], size: int, unfinished: Unfinished
+) -> list[ShardFile]:
+    return [ShardFile(layout, rank, size, unfinished.whole) for rank in ranks]
+
+
+def _share(layout: Layout, source: Source, group: Group) -> list[str]:
+    """The source tensors that this process converts: a stretch of the files, by bytes."""
+    total = max(1, source_bytes(layout, source))
+    before, mine = 0, []
+    for name in rows_by_source(layout, source):
+        if before * group.size // total == group.rank:
+            mine.append(name)
+        before += num_bytes(source, name)
+    return mine
 
 
 def _own_config(config: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,24 +132,22 @@ def _own_config(config: dict[str, Any], overrides: Mapping[str, Any]) -> dict[st
     return override_config(without_quantization(config), overrides)
 
 
-def _manifest(layout: Layout, source: Source, size: int, sums: dict[str, Any]) -> dict[str, Any]:
-    tensors = {name: part for row in layout.table for name, part in sums[row].items()}
+def _arguments(
+    layout: Layout, source: Source, size: int, ranks: Sequence[int], config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What two runs must have in common to go on with each other's work, by the users' names."""
     return {
-        "format": "shardrun",
+        "parallel.tp": size,
+        "prepare.ranks": list(ranks),
+        "parallel.vocab_emb_dp": layout.vocab_emb_dp,
+        "quant": layout.scheme.to_dict(),
+        "config.json": dict(config),
+        "checkpoint": {"identity": source.identity(), "modified": _times(source)},
         "version": FORMAT_VERSION,
-        "complete": True,
-        "mesh": {"tp": size},
-        "vocab_emb_dp": layout.vocab_emb_dp,
-        "scheme": layout.scheme.to_dict(),
-        "source": source.identity(),
-        "tensors": tensors,
     }
 
 
-def _write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
-    text = json.dumps(manifest, indent=1)
-    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
-
-
-def _plain(index: Index) -> list[list[int]]:
-    return [[cut.start, cut.stop] for cut in index]
+def _times(source: Source) -> dict[str, int]:
+    """When each of its files was written last: equal headers may stand before other data."""
+    paths = {info.file: source.path / info.file for info in source.tensors.values()}
+    return {name: path.stat().st_mtime_ns for name, path in paths.items() if path.exists()}

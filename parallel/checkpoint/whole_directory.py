@@ -15,23 +15,18 @@ from parallel.errors import CheckpointError
 @contextmanager
 def renamed_when_whole(output: Path) -> Iterator[Path]:
     """A directory beside `output` that gets its name at the end, or is removed on an error."""
+    check_absent(output)
+    directory = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    with removed_on(BaseException, directory, missing_parents(output)), disk_errors(output):
+        directory.mkdir(parents=True)
+        yield directory
+        name_directory(directory, output)
+
+
+def check_absent(output: Path) -> None:
+    """Raise CheckpointError where something stands at `output`."""
     if os.path.lexists(output):
         raise CheckpointError(f"`output` {output} exists already; choose another or remove it.")
-    directory = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    made = [path for path in output.parents if not path.exists()]
-    try:
-        with disk_errors(output):
-            directory.mkdir(parents=True)
-            yield directory
-            _sync_tree(directory)
-            os.rename(directory, output)
-            _sync(output.parent)
-    except BaseException:
-        shutil.rmtree(directory, ignore_errors=True)
-        with suppress(OSError):
-            for path in made:
-                path.rmdir()
-        raise
 
 
 @contextmanager
@@ -46,10 +41,30 @@ def disk_errors(where: Path) -> Iterator[None]:
         ) from error
 
 
-def _sync_tree(directory: Path) -> None:
-    for path in sorted(directory.rglob("*")):
+@contextmanager
+def removed_on(kind: type[BaseException], directory: Path, made: list[Path]) -> Iterator[None]:
+    """Remove a directory, and the parents that were `made` for it, on errors of a kind."""
+    try:
+        yield
+    except kind:
+        shutil.rmtree(directory, ignore_errors=True)
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
+        raise
+
+
+def missing_parents(output: Path) -> list[Path]:
+    """Those that must be made, the innermost first."""
+    return [path for path in output.parents if not path.exists()]
+
+
+def name_directory(directory: Path, output: Path) -> None:
+    """Flush a directory to the disk and give it its name."""
+    for path in (*sorted(directory.rglob("*")), directory):
         _sync(path)
-    _sync(directory)
+    os.rename(directory, output)
+    _sync(output.parent)
 
 
 def _sync(path: Path) -> None:

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from quant.errors import QuantError
 from quant.methods.layer import Rounded
-from quant.numeric import Grid, weight_scale
+from quant.numeric import Grid
+from quant.rounding import weight_scale
 
 # Columns whose errors wait until the block is done; the paper's.
 BLOCK_COLUMNS = 128

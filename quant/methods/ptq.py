@@ -30,7 +30,8 @@ from quant.methods.folding import fold
 from quant.methods.gptq import GPTQArguments, factor, round_rows
 from quant.methods.layer import INPUTS, Layer, Product, Rounded
 from quant.methods.smooth_quant import smooth
-from quant.numeric import Grid, quantize
+from quant.numeric import Grid
+from quant.rounding import quantize
 
 # The part of a layer whose output judges a scale of AWQ.
 BLOCKS = {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from quant.numeric import Grid, quantize
+from quant.numeric import Grid
+from quant.rounding import quantize
 from quant.scheme import LinearScheme
 from quant.weight import QuantizedWeight
 

@@ -52,7 +52,12 @@ class CalibratedSource:
     def read(self, name: str, index: Index) -> Tensor:
         if name not in self._origins:
             return self._source.read(name, index)
-        return self._whole(name)[index]
+        path, stored, make = self._origins[name]
+        if len(index) == 1:
+            return self._whole(name)[index]
+        rows, columns = index
+        with safe_open(path, "pt") as file:
+            return make(file.get_slice(stored)[rows])[:, columns]
 
     def identity(self) -> dict[str, Any]:
         """The source's own, and the calibration's."""

@@ -34,6 +34,8 @@ _CALLS = {
     "rms_norm": "set *x *delta *weight type T D %eps *out",
     "silu_product": "set *gate_up type T F *out",
     "rotate": "set *x type stride T H C *cos *sin *positions",
+    "group_amax": "set *x type stride N K S *amax",
+    "round_groups": "set *x type stride N K S *scale lowest highest *out",
     "round_sums": "*sums *bias bias_type T D *out",
 }
 _FIELD_TYPES = {"*": _POINTER, "%": _DOUBLE}
