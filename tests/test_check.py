@@ -9,14 +9,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from launcher.__main__ import main
 from parallel.checkpoint.open import open_checkpoint
 from parallel.checkpoint.readers.prepared import PreparedSource
+from parallel.checkpoint.store import write_prepared
 from parallel.checkpoint.sums import check_shards, list_pieces, wrong_pieces
 from parallel.errors import CheckpointError
+from quant.scheme import QuantScheme
 from tests.checkpoints import write_checkpoint
-from tests.models import generate
+from tests.models import RTN, generate
 from tests.test_prepared import prepare
 
 SIZE = 2
@@ -46,15 +49,13 @@ def flip(path: Path, offset: int) -> None:
         file.write(bytes([byte ^ 1 << random.Random(offset).randrange(8)]))
 
 
-def keep_ranks(path: Path, ranks: list[int]) -> None:
-    """Leave what a `prepare` of some ranks alone would have written."""
-    manifest = json.loads((path / "manifest.json").read_text())
-    size = manifest["mesh"]["tp"]
-    for entry in manifest["tensors"].values():
-        entry["shards"] = [entry["shards"][rank] for rank in ranks]
-    (path / "manifest.json").write_text(json.dumps({**manifest, "ranks": ranks}))
-    for rank in set(range(size)) - set(ranks):
-        shutil.rmtree(path / f"rank_{rank}")
+@pytest.fixture
+def second_rank(whole, tmp_path) -> Path:
+    """The shard of rank 1 alone."""
+    checkpoint = open_checkpoint(whole.parent / "source")
+    output = tmp_path / "second"
+    write_prepared(checkpoint.layout(RTN), checkpoint.source, SIZE, output, ranks=[1])
+    return output
 
 
 def test_whole_directory_is_all_good_and_its_speed_is_said(capsys, whole):
@@ -137,23 +138,29 @@ def test_file_that_was_cut_after_it_was_opened_has_wrong_sums(copied):
     assert pieces[-1] in wrong_pieces(pieces, num_threads=1)
 
 
-def test_shards_of_some_ranks_are_checked_alone(capsys, copied):
-    keep_ranks(copied, [1])
-    status, out, _ = check(capsys, copied)
+def test_shards_of_some_ranks_are_checked_alone(capsys, second_rank):
+    status, out, _ = check(capsys, second_rank)
     assert status == 0
     assert "of 1 of 2 ranks' shards" in out
-    piece = list_pieces(PreparedSource(copied), [1])[0]
+    piece = list_pieces(PreparedSource(second_rank), [1])[0]
     flip(piece.path, piece.offset)
-    assert check(capsys, copied)[0] == 1
+    assert check(capsys, second_rank)[0] == 1
 
 
-def test_a_rank_that_is_not_here_is_missed_by_who_needs_it(copied):
-    keep_ranks(copied, [1])
+def test_a_rank_that_is_here_reads_what_it_would_of_all(whole, second_rank):
+    layout = open_checkpoint(whole).layout(QuantScheme())
+    all_ranks, alone = open_checkpoint(whole).source, open_checkpoint(second_rank).source
+    for tensor in layout.tensors:
+        index = tensor.index(1, SIZE)
+        assert torch.equal(alone.read(tensor.name, index), all_ranks.read(tensor.name, index))
+
+
+def test_a_rank_that_is_not_here_is_missed_by_who_needs_it(second_rank):
     with pytest.raises(CheckpointError, match=r"ranks 1 of 2 alone"):
-        generate(copied, [[1]], 1)
+        generate(second_rank, [[1]], 1)
 
 
-@pytest.mark.parametrize("ranks", [[], [2], [1, 0], [0, 0], "0", [True], {"0": 1}, 0])
+@pytest.mark.parametrize("ranks", [[], [2], [-1], [1, 0], [0, 0], "0", [True], {"0": 1}, 0, None])
 def test_ranks_that_are_none_are_refused(capsys, copied, ranks):
     manifest = json.loads((copied / "manifest.json").read_text())
     (copied / "manifest.json").write_text(json.dumps({**manifest, "ranks": ranks}))

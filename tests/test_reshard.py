@@ -150,7 +150,7 @@ def test_size_that_does_not_divide_the_heads_is_refused(source, tmp_path):
         layout.check_tp(5)
 
 
-def test_reader_of_a_reshard_is_told_each_source_byte_once(source, tmp_path):
+def test_listener_of_a_reshard_is_told_each_source_byte_once(source, tmp_path):
     checkpoint = open_checkpoint(prepare(source, tmp_path / "start", 2, QuantScheme()))
     layout = checkpoint.layout(QuantScheme())
     told: list[int] = []

@@ -237,7 +237,7 @@ def _check_prepared(layout: Layout, source: PreparedSource) -> None:
                 f"asks for {wanted.get(name, 'no such tensor')}; prepare the checkpoint again."
             )
     for tensor in layout.tensors:
-        cuts = [tensor.index(rank, source.size) for rank in source.ranks]
+        cuts = [tensor.index(rank, source.size) for rank in range(source.size)]
         if cuts != source.slices(tensor.name):
             raise CheckpointError(
                 f"{source.path / MANIFEST}: the slices of {tensor.name} are not those of tp="

@@ -17,8 +17,9 @@ from quant.scheme import QuantScheme
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.ckpt")
 # From above, beside the name: an entry of a shard's header, a tensor of the manifest (its shape, and the
-# sum of its source), and a shard of that (two slices and a sum).
-_HEADER_ENTRY, _MANIFEST_ENTRY, _MANIFEST_SHARD = 110, 250, 260
+# sum of its source), and a shard of that (two slices and a sum, which the journal of an unfinished one
+# has as well).
+_HEADER_ENTRY, _MANIFEST_ENTRY, _MANIFEST_SHARD = 110, 250, 360
 _BLOCK = 4096
 
 
@@ -68,7 +69,7 @@ def prepared_bytes(
     ranks = range(size) if ranks is None else ranks
     names = [len(tensor.name) for tensor in layout.tensors]
     header = sum(names) + _HEADER_ENTRY * (len(names) + 1)
-    manifest = 3 * sum(names) + (_MANIFEST_ENTRY + _MANIFEST_SHARD * len(ranks)) * len(names)
+    manifest = 3 * sum(names) + (_MANIFEST_ENTRY + _MANIFEST_SHARD * size) * len(names)
     beside = sum(file.stat().st_size for file in _beside(source)) if source else 0
     rounding = _BLOCK * (2 * len(ranks) + len(COPIED_FILES) + 2)
     shards = sum(layout.rank_bytes(rank, size) for rank in ranks)

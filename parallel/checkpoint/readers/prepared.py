@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +53,11 @@ class PreparedSource:
         self.ranks: tuple[int, ...] = tuple(self.manifest.get("ranks", range(self.size)))
         self.scheme = QuantScheme.from_dict(self.manifest["scheme"])
         self.vocab_emb_dp: bool = self.manifest["vocab_emb_dp"]
-        self._shards = {name: _shards(entry, self.ranks) for name, entry in self._entries()}
+        self._slices = {name: _slices(entry) for name, entry in self._entries()}
+        self._shards = {
+            name: [_Shard(rank, slices[rank]) for rank in self.ranks]
+            for name, slices in self._slices.items()
+        }
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(tuple(entry["shape"]), entry["dtype"], MANIFEST)
             for name, entry in self._entries()
@@ -81,8 +85,8 @@ class PreparedSource:
         return dict(self.manifest["source"])
 
     def slices(self, name: str) -> list[Index]:
-        """The slice of a tensor that the file of each of `ranks` holds."""
-        return [shard.index for shard in self._shards[name]]
+        """The slice of a tensor that each of `size` ranks has, here or elsewhere."""
+        return self._slices[name]
 
     def file(self, rank: int) -> SafetensorsFile:
         """The shard file of a rank that is here."""
@@ -90,7 +94,7 @@ class PreparedSource:
 
     def sha256(self, name: str, rank: int) -> str:
         """The sum of a rank's slice of a tensor, by the manifest."""
-        return str(self.manifest["tensors"][name]["shards"][self.ranks.index(rank)]["sha256"])
+        return str(self.manifest["tensors"][name]["shards"][rank]["sha256"])
 
     def _entries(self) -> list[tuple[str, dict[str, Any]]]:
         return list(self.manifest["tensors"].items())
@@ -158,8 +162,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _check_manifest(manifest: dict[str, Any]) -> None:
-    """Every value that is read later has its type, and every tensor a shard for each rank that is
-    here."""
+    """Every value that is read later has its type, and every tensor a slice for each rank, and a sum
+    for those that are here."""
     size = manifest["mesh"]["tp"]
     if manifest["complete"] is not True or type(size) is not int or size < 1:
         raise ValueError(f"complete is {manifest['complete']!r}, tp is {size!r}")
@@ -179,9 +183,9 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
         lengths = [*entry["shape"], *(end for shard in entry["shards"] for end in _ends(shard))]
         if not all(type(length) is int and length >= 0 for length in lengths):
             raise ValueError(f"{name} has a length that is no whole number")
-        if len(entry["shards"]) != len(ranks) or entry["dtype"] not in DTYPE_BYTES:
+        if len(entry["shards"]) != size or entry["dtype"] not in DTYPE_BYTES:
             raise ValueError(f"{name} has {len(entry['shards'])} shards of {entry['dtype']!r}")
-        if not all(_SHA256.fullmatch(shard["sha256"]) for shard in entry["shards"]):
+        if not all(_SHA256.fullmatch(entry["shards"][rank]["sha256"]) for rank in ranks):
             raise ValueError(f"{name} has a sum that is none")
 
 
@@ -189,10 +193,9 @@ def _ends(shard: dict[str, Any]) -> Iterator[int]:
     return (end for start, stop in shard["slice"] for end in (start, stop))
 
 
-def _shards(entry: dict[str, Any], ranks: Sequence[int]) -> list[_Shard]:
+def _slices(entry: dict[str, Any]) -> list[Index]:
     return [
-        _Shard(rank, tuple(slice(start, stop) for start, stop in shard["slice"]))
-        for rank, shard in zip(ranks, entry["shards"], strict=True)
+        tuple(slice(start, stop) for start, stop in shard["slice"]) for shard in entry["shards"]
     ]
 
 
