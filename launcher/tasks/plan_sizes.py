@@ -15,7 +15,8 @@ from parallel.checkpoint.plan_fit import largest_batch, longest_context
 
 @dataclass(frozen=True)
 class SizePlan:
-    """One size. Speeds are at most, seconds at least: no arithmetic and no communication in them.
+    """One size. Speeds are at most; seconds are of bytes alone. No arithmetic is in them, and no
+    communication.
 
     Attributes:
         rank: the fullest rank.

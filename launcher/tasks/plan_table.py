@@ -103,10 +103,10 @@ def _disk_sentence(machine: Machine) -> str:
     """Where there is neither a file nor a number, there are no times to explain."""
     if machine.read_gb_s is None:
         return "prepare: no time without a file to measure or plan.disk_gb_s"
-    how = "given" if machine.disk_is_given else "measured here"
+    how = "given" if machine.disk_is_given else "measured here, one thread"
     written = machine.write_gb_s or machine.read_gb_s
     return (
-        f"prepare and load, at least: disk read at {machine.read_gb_s:.2f} and written at "
+        f"prepare and load: bytes over the disk's speed, read at {machine.read_gb_s:.2f} and written at "
         f"{written:.2f} GB/s ({how}); all ranks on one host"
     )
 
