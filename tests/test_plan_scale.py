@@ -202,7 +202,7 @@ def test_json_has_everything_of_a_size(capsys):
     assert size["longest_context"] == 4096
     assert size["largest_batch"] > 50
     assert size["prepare_s"] == pytest.approx(138 / 4, rel=0.01)
-    assert size["load_memory_s"] == pytest.approx(8.69e9 / 1e12, rel=0.01)
+    assert size["load_memory_s"] is None  # a bandwidth that was given is perhaps no host's
     assert size["prefill_tokens_per_s"] == pytest.approx(100e12 * 8 / (2 * 68.4e9), rel=0.05)
     assert found["obstacles"][0]["sizes"] == [3, 5, 6, 7, 9, 10, 11, 12, 13, 14, 15]
     assert found["sizes"]["1"]["fits"] is False

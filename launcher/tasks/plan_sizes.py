@@ -26,7 +26,8 @@ class SizePlan:
         longest_context: tokens of each sequence that fit; largest_batch: sequences of the plan's length.
         decode_tokens_per_s, prefill_tokens_per_s: of the whole batch; None where no speed is known.
         prepare_s: reading the source and writing the output, at the same time.
-        load_disk_s, load_memory_s: all ranks on one host, from its disk or its page cache.
+        load_disk_s, load_memory_s: all ranks on one host, from its disk or its page cache; the latter
+            only where the ranks compute in the host's memory, which was measured.
     """
 
     rank: RankPlan
@@ -40,7 +41,7 @@ class SizePlan:
     prefill_tokens_per_s: float | None
     prepare_s: float | None
     load_disk_s: float | None
-    load_memory_s: float
+    load_memory_s: float | None
 
     @property
     def fits(self) -> bool:
@@ -79,7 +80,7 @@ def plan_size(
         prefill_tokens_per_s=machine.rank_flops / per_token if machine.rank_flops else None,
         prepare_s=_prepare_s(source.num_bytes, output, machine),
         load_disk_s=disk / machine.read_gb_s / 1e9 if machine.read_gb_s else None,
-        load_memory_s=rank.weight_bytes / bandwidth,
+        load_memory_s=_load_memory_s(rank, machine),
     )
 
 
@@ -89,3 +90,9 @@ def _prepare_s(source_bytes: int, output_bytes: int, machine: Machine) -> float 
         return None
     write_gb_s = machine.write_gb_s or machine.read_gb_s
     return max(source_bytes / machine.read_gb_s, output_bytes / write_gb_s) / 1e9
+
+
+def _load_memory_s(rank: RankPlan, machine: Machine) -> float | None:
+    if machine.host_bandwidth_gb_s is None:
+        return None
+    return rank.weight_bytes / machine.bandwidth(rank.tp)
