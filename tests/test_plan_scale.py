@@ -160,7 +160,12 @@ def test_source_is_as_large_as_its_files_its_index_or_its_config_say(tmp_path):
         "its files",
     )
     assert found.largest == max(files, key=lambda file: file.stat().st_size)
-    for file in files:
+    (path / "consolidated.safetensors").write_bytes(bytes(9))  # the same weights in another form
+    assert source_size(path, layout) == found
+    (path / "consolidated.safetensors").unlink()
+    files[0].unlink()  # a download that is not whole does not say how large it will be
+    assert source_size(path, layout).basis == "its index"
+    for file in files[1:]:
         file.unlink()
     plain = make_layout(layout.config, QuantScheme()).rank_bytes(0, 1)
     found = source_size(path, layout)

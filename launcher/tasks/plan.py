@@ -25,7 +25,7 @@ from parallel.checkpoint.open import describe_layout
 from parallel.checkpoint.plan import Workload, unsupported_reason
 from parallel.checkpoint.plan_disk import SourceSize, source_size
 from parallel.checkpoint.plan_fit import obstacles
-from parallel.checkpoint.readers.prepared import PreparedSource, is_prepared
+from parallel.checkpoint.readers.prepared import prepared_size
 from parallel.model.config import ModelConfig
 
 _DEFAULT_LENGTH = 4096
@@ -57,16 +57,11 @@ def run(config: Config, environment: WorkerEnvironment) -> None:
 
 def _decide_tp(config: Config, environment: WorkerEnvironment) -> int:
     default = DEMO_TP if config.checkpoint is None and not model_overrides(config) else 1
-    size, notes = decide_size(environment, config.parallel.tp, _prepared_size(config), default)
+    own = prepared_size(Path(config.checkpoint).absolute()) if config.checkpoint else None
+    size, notes = decide_size(environment, config.parallel.tp, own, default)
     for note in notes:
         print(f"shardrun: {note}", file=sys.stderr)
     return size
-
-
-def _prepared_size(config: Config) -> int | None:
-    if config.checkpoint is None or not is_prepared(Path(config.checkpoint)):
-        return None
-    return PreparedSource(Path(config.checkpoint).absolute()).size
 
 
 def _path(config: Config) -> Path | None:

@@ -10,12 +10,16 @@ from typing import Any
 from parallel.checkpoint.json_file import read_json_object
 from parallel.checkpoint.layout import Layout, make_layout
 from parallel.checkpoint.open import BIN_INDEX_NAME
-from parallel.checkpoint.readers.huggingface import INDEX_NAME
+from parallel.checkpoint.readers.huggingface import INDEX_NAME, read_index
 from parallel.checkpoint.readers.prepared import SHARD_FILE, is_prepared
 from parallel.checkpoint.side_files import COPIED_FILES
 from quant.scheme import QuantScheme
 
-_WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.ckpt")
+# Of each form; MindFormers' and Golden Stick's may lie in a directory a rank.
+_WEIGHTS = (
+    "*.safetensors", "*.bin", "*.pth", "*.ckpt", "rank_*/*.safetensors", "rank_*/*.ckpt",
+)  # fmt: skip
+_INDEXES = (INDEX_NAME, BIN_INDEX_NAME)
 # From above, beside the name: an entry of a shard's header, a tensor of the manifest (its shape, and the
 # sum of its source), and a shard of that (two slices and a sum, which the journal of an unfinished one
 # has as well).
@@ -50,9 +54,14 @@ def source_size(path: Path | None, layout: Layout) -> SourceSize:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files of a directory that hold weights: of the first form that is there."""
+    """The files of a directory that hold weights: those of its index, where all of them are there, else
+    those of the first form that is."""
     if is_prepared(path):
         return sorted(path.glob(f"rank_*/{SHARD_FILE}"))
+    index = next((path / name for name in _INDEXES if (path / name).exists()), None)
+    if index is not None:
+        named = sorted({path / name for name in read_index(index).values()})
+        return named if len(_regular(named)) == len(named) else []
     found = (sorted(path.glob(pattern)) for pattern in _WEIGHTS)
     return next((_regular(files) for files in found if files), [])
 
@@ -86,7 +95,7 @@ def _regular(files: Sequence[Path]) -> list[Path]:
 
 def _index_total(path: Path) -> int | None:
     """`metadata.total_size` of an index, which some writers leave out."""
-    for name in (INDEX_NAME, BIN_INDEX_NAME):
+    for name in _INDEXES:
         if (path / name).exists():
             metadata: Any = read_json_object(path / name).get("metadata")
             total = metadata.get("total_size") if isinstance(metadata, dict) else None

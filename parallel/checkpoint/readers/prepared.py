@@ -124,10 +124,8 @@ class PreparedSource:
     def _check_file(self, rank: int) -> None:
         found = self._files[rank].tensors
         wanted = {
-            name: (index_shape(shard.index), self.tensors[name].dtype)
-            for name, shards in self._shards.items()
-            for shard in shards
-            if shard.rank == rank
+            name: (index_shape(slices[rank]), self.tensors[name].dtype)
+            for name, slices in self._slices.items()
         }
         if {name: (info.shape, info.dtype) for name, info in found.items()} != wanted:
             raise CheckpointError(
@@ -145,6 +143,12 @@ class PreparedSource:
 def is_prepared(path: Path) -> bool:
     """Whether a directory was written by `prepare`."""
     return (path / MANIFEST).exists()
+
+
+def prepared_size(path: Path) -> int | None:
+    """The tensor-parallel size of a directory that `prepare` wrote, by its manifest alone; None: it is
+    another. Raises CheckpointError for a manifest that is damaged."""
+    return int(_read_manifest(path / MANIFEST)["mesh"]["tp"]) if is_prepared(path) else None
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
