@@ -7,11 +7,13 @@ import os
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from launcher.__main__ import main
+from launcher.tasks import checksums, rank_task
 from parallel.checkpoint.open import open_checkpoint
 from parallel.checkpoint.readers.prepared import PreparedSource
 from parallel.checkpoint.store import write_prepared
@@ -231,10 +233,6 @@ def test_sums_of_what_has_none_are_refused_before_a_rank_starts(capsys, tmp_path
 
 def test_ranks_hash_each_shard_once_between_them(whole, monkeypatch):
     """Also where there are fewer or more ranks than shards."""
-    from types import SimpleNamespace
-
-    import launcher.tasks.checksums as checksums
-
     hashed: list[tuple[int, ...]] = []
     monkeypatch.setattr(checksums, "check_shards", lambda _, ranks, __: hashed.append(ranks))
     for size in (1, 2, 3):
@@ -257,3 +255,13 @@ def test_a_rank_refuses_its_damaged_shard_and_no_other(copied):
     check_shards(source, [1], num_threads=1)
     with pytest.raises(CheckpointError, match=r"1 of .* sums"):
         check_shards(source, [0], num_threads=1)
+
+
+@pytest.mark.parametrize(("asked", "steps"), [(True, ["sums", "task"]), (False, ["task"])])
+def test_a_rank_looks_at_its_shard_before_its_task(monkeypatch, asked, steps):
+    done: list[str] = []
+    monkeypatch.setattr("launcher.tasks.checksums.check_own_shards", lambda _: done.append("sums"))
+    monkeypatch.setattr("launcher.tasks.generate.run_rank", lambda _: done.append("task"))
+    config = SimpleNamespace(verify_checksums=asked)
+    rank_task("generate")(SimpleNamespace(job=SimpleNamespace(config=config)))
+    assert done == steps
