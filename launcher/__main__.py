@@ -15,6 +15,7 @@ from launcher.environment.detection import detect
 from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import EXIT_FAILED, EXIT_USER, USER_ERRORS, RunError, one_line
 from launcher.help import help_text
+from launcher.host.memory import ask_for_huge_pages
 from launcher.schema import Config, to_yaml
 from launcher.tasks import TASKS, check_effects, has_ranks, local_task
 from launcher.timeline import Timeline
@@ -48,6 +49,7 @@ def _run(words: list[str], timeline: Timeline) -> int:
     if words[:1] == ["--cfg"]:
         print(to_yaml(compose(words[1:])), end="")
         return 0
+    ask_for_huge_pages(os.environ)
     config = compose(words)
     check_effects(words, config.task.name)
     return _run_task(config, environment, timeline)
@@ -60,7 +62,7 @@ def _run_task(config: Config, environment: WorkerEnvironment, timeline: Timeline
         from launcher.ranks.scheduler import host_until_done
 
         return host_until_done(environment, config.parallel.start_timeout_s)
-    if not has_ranks(config):
+    if not has_ranks(config, environment):
         # Several processes were started for a task that has one part: the first does it.
         if environment.rank in (None, 0):
             with _orderly_end():

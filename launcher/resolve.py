@@ -22,6 +22,7 @@ from launcher.schema import Config, GenerationSection, QuantSection
 from launcher.text import open_tokenizer
 from parallel.checkpoint.layout import Layout, check_calibrated
 from parallel.checkpoint.open import Checkpoint, open_checkpoint, open_random, read_config
+from parallel.checkpoint.readers.prepared import PreparedSource
 from quant.scheme import QuantScheme
 
 DEMO = Path(__file__).parent / "demo"
@@ -58,11 +59,12 @@ def resolve(config: Config, environment: WorkerEnvironment) -> Resolved:
     if scheme.needs_calibration and not is_shape_alone(config) and checkpoint.own_scheme is None:
         _check_calibrates(config)
     default = DEMO_TP if path == DEMO else 1
-    size, notes = decide_size(environment, config.parallel.tp, checkpoint.prepared_size, default)
+    size, notes = _decide_size(config, environment, checkpoint.prepared_size, default)
     is_random = is_shape_alone(config)
     config = with_tp(config if is_random else replace(config, checkpoint=str(path)), size)
     layout = checkpoint.layout(scheme, vocab_emb_dp=config.parallel.vocab_emb_dp)
     layout.check_tp(size)
+    _check_shards(config, checkpoint, environment)
     layout.check_exact_sums(config.parallel.exact_sums)
     if config.task.name != "prepare":
         check_calibrated(layout, checkpoint.source.tensors, str(path))
@@ -71,6 +73,33 @@ def resolve(config: Config, environment: WorkerEnvironment) -> Resolved:
     if not is_random:
         notes += _override_notes(path, model_overrides(config)) + _sampling_note(checkpoint)
     return Resolved(config, checkpoint, layout, notes)
+
+
+def _decide_size(
+    config: Config, environment: WorkerEnvironment, prepared: int | None, default: int
+) -> tuple[int, tuple[str, ...]]:
+    """As decide_size, but the processes that prepare need not be as many as the ranks they cut for."""
+    tp = config.parallel.tp
+    if config.task.name == "prepare" and tp is not None and environment.size is not None:
+        return tp, ()
+    return decide_size(environment, tp, prepared, default)
+
+
+def _check_shards(config: Config, checkpoint: Checkpoint, environment: WorkerEnvironment) -> None:
+    """A directory that `prepare.ranks` made for some ranks must have those that run here."""
+    source, size = checkpoint.source, config.parallel.tp
+    if not isinstance(source, PreparedSource) or len(source.ranks) == source.size:
+        return
+    assert size is not None
+    alone = config.parallel.simulate_rank if environment.is_plain else environment.rank
+    needed = set(range(size)) if alone is None else {alone}
+    if size != source.size or not needed <= set(source.ranks):
+        here = ", ".join(map(str, source.ranks))
+        raise ConfigError(
+            f"`checkpoint` {checkpoint.path} has the shards of ranks {here} of {source.size} only, but "
+            f"{config.task.name} needs {'one' if len(needed) == 1 else 'all'} of {size}; give one that "
+            "was prepared for them, or start those ranks alone."
+        )
 
 
 def _check_calibrates(config: Config) -> None:

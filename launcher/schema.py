@@ -38,6 +38,10 @@ _SECONDS = Rule(lambda value: 0.1 <= value <= 2e6, "0.1 to 2e6 seconds")
 
 
 _SIZES = Rule(lambda sizes: sizes and min(sizes) >= 1, "a list of sizes of at least 1")
+_RANKS = Rule(
+    lambda ranks: ranks and min(ranks) >= 0 and len(set(ranks)) == len(ranks),
+    "a list of different ranks",
+)
 _ABOVE_ZERO = Rule(lambda value: 0 < value < math.inf, "a number above 0")
 
 
@@ -114,6 +118,17 @@ class QuantSection:
         values = dataclasses.asdict(self)
         del values["max_perplexity_increase"]  # of a run, not of what it makes
         return QuantScheme.from_dict(values)
+
+
+@dataclass
+class PrepareSection:
+    """What `prepare` writes."""
+
+    ranks: list[int] | None = _key(
+        None,
+        "whose shards are written, of parallel.tp, as for the disk of one host; null: of all",
+        _RANKS,
+    )
 
 
 @dataclass
@@ -334,6 +349,7 @@ class Config:
     parallel: ParallelSection = field(default_factory=ParallelSection)
     generation: GenerationSection = field(default_factory=GenerationSection)
     plan: PlanSection = field(default_factory=PlanSection)
+    prepare: PrepareSection = field(default_factory=PrepareSection)
     calibration: CalibrationSection = field(default_factory=CalibrationSection)
     export: ExportSection = field(default_factory=ExportSection)
     verify: VerifySection = field(default_factory=VerifySection)

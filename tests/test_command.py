@@ -331,19 +331,24 @@ def test_stopped_rank_is_killed_with_the_run(launch, tmp_path):
     assert all(is_gone(pid) for pid in workers)
 
 
-def test_terminated_prepare_leaves_nothing_half_written(launch, tmp_path):
-    """The partial directory of a 70B is 70 GB that nobody would clean up."""
+def test_terminated_prepare_says_what_it_left_and_is_gone_on_with(launch, tmp_path):
     from tests.checkpoints import write_checkpoint
 
     write_checkpoint(tmp_path / "source", hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
                      num_attention_heads=8, num_key_value_heads=8)  # fmt: skip
     before = set(os.listdir(tmp_path))
-    process = launch(tmp_path, "prepare", "checkpoint=source", "quant=rtn_a16w8", "output=out")
-    while process.poll() is None and set(os.listdir(tmp_path)) == before:
+    arguments = ("prepare", "checkpoint=source", "quant=rtn_a16w8", "output=out")
+    process = launch(tmp_path, *arguments)
+    while process.poll() is None and not list(tmp_path.glob(".out.partial/journal_*")):
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) in (143, 0)
-    assert set(os.listdir(tmp_path)) - before <= {"out"}
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (143, 0)
+    if process.returncode == 143:
+        assert set(os.listdir(tmp_path)) - before == {".out.partial"}
+        assert "the same command goes on from there" in err
+        assert launch(tmp_path, *arguments).wait(timeout=60) == 0
+    assert set(os.listdir(tmp_path)) - before == {"out"}
 
 
 def test_four_runs_at_once_do_not_meet(plain, launch, tmp_path):

@@ -24,7 +24,7 @@ TASKS = {
     ),
     "prepare": (
         "checkpoint -> quantized shards for each rank",
-        ("calibration", "quant", "parallel", "model"),
+        ("prepare", "calibration", "quant", "parallel", "model"),
     ),
     "export": (
         "prepared checkpoint -> one Hugging Face checkpoint, compressed-tensors where quantized",
@@ -58,7 +58,7 @@ TASKS = {
 }
 RANK_TASKS = ("generate", "verify", "eval", "bench")
 # Where a task's part on each rank is, unless its own module has it.
-_RANK_MODULES = {"prepare": "calibrate"}
+_RANK_MODULES = {"prepare": "prepare_rank"}
 _SECTIONS = {key.partition(".")[0] for _, keys in TASKS.values() for key in keys}
 # Keys that only these tasks read, of sections that others read as well.
 _READERS = {
@@ -97,12 +97,13 @@ def rank_task(name: str) -> Callable[[Rank], None]:
     return run_rank
 
 
-def has_ranks(config: Config) -> bool:
-    """Whether the task runs on the ranks; prepare does where it calibrates."""
+def has_ranks(config: Config, environment: WorkerEnvironment) -> bool:
+    """Whether the task runs on the ranks; prepare does where it calibrates, or where somebody has
+    started several processes, which share the reading."""
     if config.task.name == "prepare":
         from launcher.tasks.prepare_job import calibrates
 
-        return calibrates(config)
+        return calibrates(config) or not environment.is_plain
     return config.task.name in RANK_TASKS
 
 

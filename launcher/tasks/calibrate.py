@@ -1,9 +1,9 @@
-"""The part of each rank in a `prepare` that calibrates; rank 0 writes the shards and the report."""
+"""Calibration of a `prepare`, on all its ranks: each layer's integers, and what they cost in quality."""
 
 from __future__ import annotations
 
-import shutil
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,45 +12,52 @@ import torch
 from tqdm import tqdm
 
 from launcher.failures import RunError
-from launcher.output import num_writers
 from launcher.progress import open_bar
 from launcher.ranks.rank import Rank
-from launcher.resolve import model_overrides
-from launcher.tasks.prepare_report import Report, write_report
 from parallel.calibration.held_out import HeldOut, Perplexities
 from parallel.calibration.recipes import recipe_of
 from parallel.calibration.result import MODULES, LayerError
 from parallel.calibration.walk import Calibration, calibrate
 from parallel.checkpoint.layout import Layout
-from parallel.checkpoint.open import Checkpoint, open_checkpoint
+from parallel.checkpoint.open import Checkpoint
 from parallel.checkpoint.readers.calibrated import CalibratedSource
-from parallel.checkpoint.store import source_bytes, write_prepared
 
 
-def run_rank(rank: Rank) -> None:
-    """One rank's part.
+@dataclass(frozen=True)
+class Calibrated:
+    """What calibration gives.
+
+    Attributes:
+        source: the checkpoint as it has become.
+        errors: of each layer.
+        perplexities: where there are held-out texts.
+        state_dir: holds what `source` reads; to be removed after it.
+        seconds: that it took.
+    """
+
+    source: CalibratedSource
+    errors: list[LayerError]
+    perplexities: Perplexities | None
+    state_dir: Path
+    seconds: float
+
+
+def calibrate_rank(rank: Rank, checkpoint: Checkpoint, layout: Layout, output: Path) -> Calibrated:
+    """One rank's part; the files it leaves are on the disk of `output`, which all ranks share.
 
     Raises:
-        RunError: the perplexity has grown by more than is allowed; nothing is written then.
+        RunError: on rank 0: the perplexity has grown by more than is allowed.
     """
-    job = rank.job
-    output = Path(str(job.config.output))
-    checkpoint = open_checkpoint(job.checkpoint, model_overrides(job.config))
-    layout = checkpoint.layout(
-        job.config.quant.scheme(), vocab_emb_dp=job.config.parallel.vocab_emb_dp
-    )
     state_dir = output.with_name(f".{output.name}.calibration")
     started = time.perf_counter()
     calibration = _calibration(rank, checkpoint, layout)
     errors, found = _walk(rank, calibration, layout, state_dir)
-    if rank.group.rank != 0:
-        return
-    calibrated_s = time.perf_counter() - started
-    _check_gate(job.config.quant.max_perplexity_increase, found, state_dir)
-    _write(rank, _calibrated(checkpoint, layout, calibration, state_dir), layout, output)
-    shutil.rmtree(state_dir)
-    report = Report(layout, checkpoint.source, job, errors, found, calibrated_s)
-    write_report(report, output, rank.run_dir)
+    seconds = time.perf_counter() - started
+    if rank.group.rank == 0:
+        _check_gate(rank.job.config.quant.max_perplexity_increase, found, state_dir)
+    rank.group.barrier()
+    source = _calibrated(checkpoint, layout, calibration, state_dir)
+    return Calibrated(source, errors, found, state_dir, seconds)
 
 
 def _calibration(rank: Rank, checkpoint: Checkpoint, layout: Layout) -> Calibration:
@@ -102,20 +109,6 @@ def _check_gate(most: float | None, found: Perplexities | None, state_dir: Path)
         f"`quant.max_perplexity_increase`, {most:g} %; nothing was written. The calibration is kept in "
         f"{state_dir}: a run with a higher limit goes on from there, or remove it"
     )
-
-
-def _write(rank: Rank, source: CalibratedSource, layout: Layout, output: Path) -> None:
-    total = source_bytes(layout, source)
-    with _bar(rank, total, "prepare", unit="B", unit_scale=True) as bar:
-        write_prepared(
-            layout,
-            source,
-            rank.job.tp,
-            output,
-            overrides=model_overrides(rank.job.config),
-            num_threads=num_writers(),
-            on_bytes=bar.update,
-        )
 
 
 def _bar(rank: Rank, total: int, name: str, **options: Any) -> tqdm[Any]:

@@ -10,7 +10,7 @@ from launcher.environment.worker import WorkerEnvironment
 from launcher.output import num_writers
 from launcher.resolve import Resolved, model_overrides, resolve
 from launcher.schema import Config
-from launcher.tasks.prepare_job import check_prepare
+from launcher.tasks.prepare_job import check_prepare, check_ranks
 
 
 def run(config: Config, environment: WorkerEnvironment) -> None:
@@ -21,51 +21,53 @@ def run(config: Config, environment: WorkerEnvironment) -> None:
     """
     output = check_prepare(config)
     resolved = resolve(config, environment)
+    check_ranks(resolved.config)
     for note in resolved.notes:
         print(f"shardrun: {note}", file=sys.stderr)
     import torch  # here, so that a refusal need not wait for it
 
-    from launcher.tasks.checksums import check_all_shards
-
-    check_all_shards(resolved.config, resolved.checkpoint)
-
-    num_threads = num_writers()
     # One tensor a thread: torch's own threads would only get in each other's way.
     torch.set_num_threads(1)
+    from launcher.tasks.checksums import check_all_shards
+    from launcher.tasks.prepare_summary import print_summary
+    from parallel.checkpoint.unfinished import unfinished_path
+
+    check_all_shards(resolved.config, resolved.checkpoint)
     started = time.perf_counter()
-    num_bytes = _write(resolved, output, num_threads)
-    _print_summary(resolved, output, num_bytes, time.perf_counter() - started)
+    try:
+        _write(resolved, output)
+    except (KeyboardInterrupt, SystemExit):
+        print(
+            f"shardrun: what is done so far is kept in {unfinished_path(output)}: the same command goes "
+            "on from there, or remove it",
+            file=sys.stderr,
+        )
+        raise
+    seconds = time.perf_counter() - started
+    assert resolved.config.parallel.tp is not None
+    size = resolved.config.parallel.tp
+    ranks, source = resolved.config.prepare.ranks, resolved.checkpoint.source
+    print_summary(resolved.layout, source, size, ranks, output, seconds)
 
 
-def _write(resolved: Resolved, output: Path, num_threads: int) -> int:
+def _write(resolved: Resolved, output: Path) -> None:
     from tqdm import tqdm
 
     from parallel.checkpoint.store import source_bytes, write_prepared
 
-    assert resolved.config.parallel.tp is not None
-    source = resolved.checkpoint.source
-    total = source_bytes(resolved.layout, source)
+    config, source = resolved.config, resolved.checkpoint.source
+    assert config.parallel.tp is not None
+    total = source_bytes(resolved.layout, source, config.parallel.tp, config.prepare.ranks)
     with tqdm(
         total=total, unit="B", unit_scale=True, desc="prepare", disable=not sys.stderr.isatty()
     ) as bar:
         write_prepared(
             resolved.layout,
             source,
-            resolved.config.parallel.tp,
+            config.parallel.tp,
             output,
-            overrides=model_overrides(resolved.config),
-            num_threads=num_threads,
+            ranks=config.prepare.ranks,
+            overrides=model_overrides(config),
+            num_threads=num_writers(),
             on_bytes=bar.update,
         )
-    return total
-
-
-def _print_summary(resolved: Resolved, output: Path, num_bytes: int, seconds: float) -> None:
-    size = resolved.config.parallel.tp
-    assert size is not None
-    largest = max(resolved.layout.rank_bytes(rank, size) for rank in range(size))
-    print(
-        f"{output}: tp={size}, {resolved.layout.scheme.label}, "
-        f"{largest / 1e9:.3g} GB a rank from {num_bytes / 1e9:.3g} GB in {seconds:.1f} s "
-        f"({num_bytes / 1e9 / max(seconds, 1e-9):.2f} GB/s)"
-    )

@@ -1,4 +1,4 @@
-"""The job of a `prepare` that calibrates: its keys filled in and checked, its texts read.
+"""The job of a `prepare` on ranks: its keys filled in and checked, the texts to calibrate with read.
 
 Needs no torch.
 """
@@ -57,19 +57,32 @@ def make_prepare_job(
     """
     output = check_prepare(config)
     resolved = resolve(config, environment)
-    _check_calibration(resolved)
-    check_gpus(config, resolved, environment)
+    check_ranks(resolved.config)
     config = replace(
         resolved.config,
         output=str(output),
         device="cpu",
-        calibration=_settle(config.calibration, resolved),
         parallel=_patient(resolved.config.parallel),
     )
+    if not calibrates(config):
+        return Job(config, ()), resolved.notes
+    _check_calibration(resolved)
+    check_gpus(config, resolved, environment)
+    config = replace(config, calibration=_settle(config.calibration, resolved))
     if not reads_texts:
         return Job(config, ()), resolved.notes
     texts = _read(config, resolved)
     return Job(config, (), texts=texts), (*resolved.notes, *_notes(config.calibration, texts))
+
+
+def check_ranks(config: Config) -> None:
+    """Raise ConfigError unless `prepare.ranks` are some of parallel.tp."""
+    ranks, tp = config.prepare.ranks, config.parallel.tp
+    if ranks is not None and tp is not None and max(ranks) >= tp:
+        raise ConfigError(
+            f"`prepare.ranks` must be 0 to {tp - 1} at parallel.tp={tp}, but is {ranks}; lower them, or "
+            "give the parallel.tp that you mean."
+        )
 
 
 def _check_calibration(resolved: Resolved) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 
 from parallel.checkpoint.json_file import read_json_object
 from parallel.checkpoint.layout import Layout, make_layout
-from parallel.checkpoint.open import BIN_INDEX_NAME
-from parallel.checkpoint.readers.huggingface import INDEX_NAME, read_index
+from parallel.checkpoint.readers.huggingface import BIN_INDEX_NAME, INDEX_NAME, read_index
 from parallel.checkpoint.readers.prepared import SHARD_FILE, is_prepared
 from parallel.checkpoint.side_files import COPIED_FILES
 from quant.scheme import QuantScheme

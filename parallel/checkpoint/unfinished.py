@@ -47,7 +47,7 @@ class Unfinished:
 
     def __init__(self, output: Path, arguments: Mapping[str, Any]) -> None:
         self.output = output
-        self.directory = output.with_name(f".{output.name}.partial")
+        self.directory = unfinished_path(output)
         self.whole = self.directory / "whole"
         self._arguments: dict[str, Any] = json.loads(json.dumps(arguments))
 
@@ -124,6 +124,11 @@ class Unfinished:
         """What a run left that was killed after it had named its output."""
         if self.output.exists() and self.directory.exists() and not self.whole.exists():
             shutil.rmtree(self.directory)
+
+
+def unfinished_path(output: Path) -> Path:
+    """Where `output` is written until it is whole."""
+    return output.with_name(f".{output.name}.partial")
 
 
 class Journal:

@@ -36,7 +36,7 @@ class PreparedSource:
 
     Attributes:
         size: the tensor-parallel size it was cut for; any slice can be read all the same.
-        ranks: whose shards are here: all of them, unless `prepare` was asked for some.
+        ranks: whose shards are there; all, unless `prepare.ranks` named some.
         scheme: how its weights are quantized.
         vocab_emb_dp: whether every rank has the whole embedding.
 
@@ -50,7 +50,7 @@ class PreparedSource:
         self.path = path
         self.manifest = _read_manifest(path / MANIFEST)
         self.size: int = self.manifest["mesh"]["tp"]
-        self.ranks: tuple[int, ...] = tuple(self.manifest.get("ranks", range(self.size)))
+        self.ranks: tuple[int, ...] = tuple(self.manifest["ranks"])
         self.scheme = QuantScheme.from_dict(self.manifest["scheme"])
         self.vocab_emb_dp: bool = self.manifest["vocab_emb_dp"]
         self._slices = {name: _slices(entry) for name, entry in self._entries()}
@@ -69,15 +69,14 @@ class PreparedSource:
             self._check_file(rank)
 
     def read(self, name: str, index: Index) -> Tensor:
-        """A slice of a global tensor: from one rank's file where it is whole there, else joined."""
+        """A slice of a global tensor: from one rank's file where it is whole there, else joined.
+
+        Raises:
+            CheckpointError: a part of it is in no shard that is here.
+        """
         for shard in self._shards[name]:
             if _contains(shard.index, index):
                 return self._read_shard(name, shard, index)
-        if len(self.ranks) < self.size:
-            raise CheckpointError(
-                f"{self.path} has the shards of the ranks {', '.join(map(str, self.ranks))} of "
-                f"{self.size} alone, and more of {name} is asked for; prepare the others too."
-            )
         return self._join(name, index)
 
     def identity(self) -> dict[str, Any]:
@@ -96,6 +95,10 @@ class PreparedSource:
         """The sum of a rank's slice of a tensor, by the manifest."""
         return str(self.manifest["tensors"][name]["shards"][rank]["sha256"])
 
+    @property
+    def _has_gaps(self) -> bool:
+        return len(self.ranks) < self.size
+
     def _entries(self) -> list[tuple[str, dict[str, Any]]]:
         return list(self.manifest["tensors"].items())
 
@@ -111,7 +114,9 @@ class PreparedSource:
 
         info = self.tensors[name]
         joined = torch.empty(index_shape(index), dtype=getattr(torch, info.dtype))
-        for shard in self._shards[name]:
+        found = torch.zeros(joined.shape, dtype=torch.bool) if self._has_gaps else None
+        # Ranks that share a kv head have the same slice.
+        for shard in {str(shard.index): shard for shard in self._shards[name]}.values():
             common = _intersection(shard.index, index)
             if common is not None:
                 target = tuple(
@@ -119,6 +124,14 @@ class PreparedSource:
                     for cut, base in zip(common, index, strict=True)
                 )
                 joined[target] = self._read_shard(name, shard, common)
+                if found is not None:
+                    found[target] = True
+        if found is not None and not found.all():
+            raise CheckpointError(
+                f"{self.path} has the shards of ranks {', '.join(map(str, self.ranks))} of "
+                f"{self.size} only, and a part of {name} is in none of them; prepare it again with "
+                "prepare.ranks of the ranks that run here."
+            )
         return joined
 
     def _check_file(self, rank: int) -> None:
@@ -173,13 +186,13 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
         raise ValueError(f"complete is {manifest['complete']!r}, tp is {size!r}")
     if len(manifest["mesh"]) != 1:
         raise ValueError(f"the mesh is {manifest['mesh']!r}, of which only tp is known")
+    ranks = manifest["ranks"]
+    if not ranks or not all(type(rank) is int and 0 <= rank < size for rank in ranks):
+        raise ValueError(f"ranks is {ranks!r}, tp is {size}")
+    if len(set(ranks)) < len(ranks):
+        raise ValueError(f"ranks is {ranks!r}, of which one stands twice")
     if type(manifest["vocab_emb_dp"]) is not bool or type(manifest["source"]) is not dict:
         raise ValueError("vocab_emb_dp or source is of another type")
-    ranks = manifest.get("ranks", range(size))
-    if not all(type(rank) is int and 0 <= rank < size for rank in manifest.get("ranks", [0])):
-        raise ValueError(f"ranks is {ranks!r} of {size}")
-    if "ranks" in manifest and (not ranks or ranks != sorted(set(ranks))):
-        raise ValueError(f"ranks is {ranks!r}, not in their order")
     if not manifest["tensors"]:
         raise ValueError("it lists no tensors")
     QuantScheme.from_dict(manifest["scheme"])

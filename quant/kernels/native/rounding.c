@@ -4,6 +4,15 @@
 
 #include "vector_types.h"
 
+/* A float16 that is neither an infinity nor a NaN: its exponent is put right by an exact product. */
+static inline float widen_finite_half(uint16_t half) {
+    uint32_t bits = (uint32_t)(half & 0x7fff) << 13;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    value *= 0x1p112f;
+    return half & 0x8000 ? -value : value;
+}
+
 #define SET portable
 #include "rounding.h"
 #ifdef __x86_64__

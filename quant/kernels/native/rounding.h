@@ -43,6 +43,11 @@ TARGET static void NAME(round_run)(
         return;
     }
     const uint16_t *halves = (const uint16_t *)x + at;
+    if (type == FLOAT16) {
+        for (int64_t k = 0; k < count; k++)
+            out[k] = NAME(rounded)(widen_finite_half(halves[k]), scale, lowest, highest);
+        return;
+    }
     for (int64_t k = 0; k < count; k++)
         out[k] = NAME(rounded)(widen_bfloat16(halves[k]), scale, lowest, highest);
 }

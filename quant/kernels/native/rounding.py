@@ -8,7 +8,8 @@ from torch import Tensor
 from quant.kernels.native.calls import TYPES, call, is_available, widest
 from quant.numeric import Grid
 
-_FLOATS = (torch.float32, torch.bfloat16)
+# As in types.h; no product takes float16.
+_FLOATS = {**TYPES, torch.float16: 5}
 
 
 def group_amax(weight_NK: Tensor, size: int) -> Tensor:
@@ -31,7 +32,8 @@ def round_groups(
 def takes(weight_NK: Tensor) -> bool:
     """Whether the library is there and reads such a weight: its rows contiguous, on the CPU."""
     return (
-        weight_NK.dtype in _FLOATS
+        weight_NK.dtype.is_floating_point
+        and weight_NK.dtype in _FLOATS
         and weight_NK.device.type == "cpu"
         and weight_NK.stride(1) == 1
         and is_available()
@@ -40,4 +42,4 @@ def takes(weight_NK: Tensor) -> bool:
 
 def _rows(weight_NK: Tensor) -> tuple[object, ...]:
     """The fields of either struct from `set` to K."""
-    return widest(), weight_NK, TYPES[weight_NK.dtype], weight_NK.stride(0), *weight_NK.shape
+    return widest(), weight_NK, _FLOATS[weight_NK.dtype], weight_NK.stride(0), *weight_NK.shape

@@ -6,7 +6,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { FLOAT32 = 0, BFLOAT16 = 1, INT32 = 2, INT64 = 3, INT8 = 4 };
+enum { FLOAT32 = 0, BFLOAT16 = 1, INT32 = 2, INT64 = 3, INT8 = 4, FLOAT16 = 5 };
 
 static inline float widen_bfloat16(uint16_t half) {
     uint32_t bits = (uint32_t)half << 16;
