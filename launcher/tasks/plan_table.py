@@ -104,10 +104,12 @@ def _disk_sentence(machine: Machine) -> str:
     if machine.read_gb_s is None:
         return "prepare: no time without a file to measure or plan.disk_gb_s"
     how = "given" if machine.disk_is_given else "measured here, one thread"
-    written = machine.write_gb_s or machine.read_gb_s
+    written = "and taken to write as fast"
+    if machine.write_gb_s is not None:
+        written = f"written at {machine.write_gb_s:.2f} GB/s"
     return (
-        f"prepare and load: bytes over the disk's speed, read at {machine.read_gb_s:.2f} and written at "
-        f"{written:.2f} GB/s ({how}); all ranks on one host"
+        f"prepare and load: bytes over the disk's speed, read at {machine.read_gb_s:.2f} GB/s, "
+        f"{written} ({how}); all ranks on one host"
     )
 
 
