@@ -15,6 +15,7 @@ examples:
   shardrun prompt="Once upon a time" generation.max_new_tokens=40
   shardrun plan checkpoint=~/Llama-2-70b-hf quant=rtn_a16w8 parallel.tp=8
   shardrun prepare checkpoint=~/Llama-2-70b-hf quant=rtn_a16w8 parallel.tp=8 output=~/70b-w8-tp8
+  shardrun check checkpoint=~/70b-w8-tp8
   shardrun generate checkpoint=~/70b-w8-tp8 prompts_file=prompts.jsonl
   shardrun export checkpoint=~/70b-w8-tp8 output=~/70b-w8-hf
   shardrun eval quant=rtn_a16w8 checkpoint=~/Llama-2-13b-hf eval.text=wiki.txt parallel.tp=2

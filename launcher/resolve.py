@@ -55,6 +55,7 @@ def resolve(config: Config, environment: WorkerEnvironment) -> Resolved:
     check_generation(config.generation)
     scheme = config.quant.scheme()
     checkpoint = open_job(config)
+    check_has_sums(config, checkpoint)
     path = checkpoint.path
     if scheme.needs_calibration and not is_shape_alone(config) and checkpoint.own_scheme is None:
         _check_calibrates(config)
@@ -117,6 +118,15 @@ def open_job(config: Config) -> Checkpoint:
     if config.task.name == "bench" and is_shape_alone(config):
         return open_random(model_overrides(config), config.quant.scheme(), config.seed)
     return open_checkpoint(checkpoint_path(config), model_overrides(config))
+
+
+def check_has_sums(config: Config, checkpoint: Checkpoint) -> None:
+    """Raises ConfigError where sums are asked for and there are none."""
+    if config.verify_checksums and checkpoint.prepared_size is None:
+        raise ConfigError(
+            f"`verify_checksums` has no effect on {checkpoint.path}, which has no manifest with sums; "
+            "leave it out, or give a prepared checkpoint."
+        )
 
 
 def is_shape_alone(config: Config) -> bool:

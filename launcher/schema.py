@@ -57,7 +57,9 @@ def _key(default: Any, text: str, rule: Rule | None = None) -> Any:
 class TaskSection:
     """Which task runs."""
 
-    name: str = _key("generate", "generate, prepare, export, plan, verify, eval, bench or env")
+    name: str = _key(
+        "generate", "generate, prepare, export, plan, verify, eval, bench, check or env"
+    )
 
 
 @dataclass
@@ -232,8 +234,11 @@ class PlanSection:
 
     tp: list[int] | None = _key(
         None,
-        "tensor-parallel sizes to compare; null: all valid ones to 16",
+        "tensor-parallel sizes to compare; null: all valid ones to plan.max_tp",
         _SIZES,
+    )
+    max_tp: int = _key(
+        16, "largest size to compare, and to say why others do not work", _at_least(1)
     )
     batch_size: int = _key(1, "sequences in the KV cache", _at_least(1))
     max_length: int | None = _key(
@@ -243,6 +248,22 @@ class PlanSection:
         None,
         "read bandwidth of one rank's memory in GB/s; null: measured here and shared",
         _ABOVE_ZERO,
+    )
+    memory_gb: float | None = _key(
+        None, "memory of one rank in GB; null: this host's, shared by its ranks", _ABOVE_ZERO
+    )
+    disk_gb_s: float | None = _key(
+        None,
+        "how fast the disks read and write, in GB/s; null: measured where the checkpoint's files are",
+        _ABOVE_ZERO,
+    )
+    tflops: float | None = _key(
+        None,
+        "products of one rank in 1e12 operations a second, for the prefill; null: not said",
+        _ABOVE_ZERO,
+    )
+    picture: str | None = _key(
+        None, "draw the memory of a rank at each size into this file (.png, .svg, .pdf)"
     )
     json: bool = _key(False, "print JSON instead of tables")
 
@@ -341,7 +362,12 @@ class Config:
     checkpoint: str | None = _key(
         None, "directory of the checkpoint; null: the embedded demo model"
     )
-    output: str | None = _key(None, "directory that prepare or export writes")
+    verify_checksums: bool = _key(
+        False, "hash a prepared checkpoint before it is used, each rank its own shard"
+    )
+    output: str | None = _key(
+        None, "directory that prepare or export writes; plan looks at the room on its disk"
+    )
     config: str | None = _key(None, "YAML file of these keys, or a MindFormers predict YAML")
     device: str = _key("auto", "auto, cpu or cuda")
     dtype: str = _key("auto", "auto, float32, float16 or bfloat16")
@@ -369,6 +395,7 @@ VERBATIM = (
     "prompts_file",
     "prompt",
     "run_root",
+    "plan.picture",
     "verify.original",
     "calibration.data",
     "calibration.held_out",

@@ -32,7 +32,7 @@ DOORS = {
     "signal": ("launcher/",),
     "subprocess": ("launcher/",),
     "multiprocessing": ("launcher/ranks/",),
-    "matplotlib": ("launcher/tasks/bench_plot.py", "launcher/tasks/prepare_plot.py"),
+    "matplotlib": ("launcher/picture.py",),
 }  # fmt: skip
 SOURCES = [path for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
 

@@ -53,6 +53,7 @@ TASKS = {
         "tokens a second, bytes a second, communication and memory, of a checkpoint or a shape",
         ("bench", "quant", "parallel", "model", "generation.prefill_chunk"),
     ),
+    "check": ("every sum of a prepared checkpoint, and that it is whole", ()),
     "env": ("what this process sees: launcher, rank, devices", ("parallel",)),
 }
 RANK_TASKS = ("generate", "verify", "eval", "bench")
@@ -67,6 +68,7 @@ _READERS = {
     "parallel.simulate_rank": ("bench",),
     "seed": ("bench", "prepare"),
     "quant.max_perplexity_increase": ("prepare",),
+    "verify_checksums": ("generate", "verify", "eval", "bench", "prepare", "export"),
 }
 
 
@@ -81,10 +83,18 @@ def check_effects(words: list[str], task: str) -> None:
 
 
 def rank_task(name: str) -> Callable[[Rank], None]:
-    """A task's part on one rank."""
+    """A task's part on one rank, which is to look at its shards first where that is asked for."""
     module = _RANK_MODULES.get(name, name)
     function: Callable[[Rank], None] = import_module(f"launcher.tasks.{module}").run_rank
-    return function
+
+    def run_rank(rank: Rank) -> None:
+        if rank.job.config.verify_checksums:
+            from launcher.tasks.checksums import check_own_shards
+
+            check_own_shards(rank)
+        function(rank)
+
+    return run_rank
 
 
 def has_ranks(config: Config, environment: WorkerEnvironment) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from launcher.picture import Axes, draw
 from launcher.tasks.bench_record import Record
 
 
@@ -14,27 +15,26 @@ def draw_decode(records: Sequence[Record], path: Path) -> str:
     Returns:
         A sentence: where the picture is, or what is missing to draw it.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return "no picture: matplotlib is missing; pip install 'shardrun[bench]' brings it"
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
     decodes = [record for record in records if record["phase"] == "decode"]
-    for batch, length in dict.fromkeys((r["batch_size"], r["prompt_length"]) for r in decodes):
-        line = [r for r in decodes if (r["batch_size"], r["prompt_length"]) == (batch, length)]
-        speeds = [record["tokens_per_s"] for record in line]
-        below = [record["tokens_per_s"] - record["tokens_per_s_least"] for record in line]
-        above = [record["tokens_per_s_most"] - record["tokens_per_s"] for record in line]
-        label = f"batch {batch}, prompt {length}"
-        sizes = [record["tp"] for record in line]
-        axes.errorbar(sizes, speeds, yerr=[below, above], marker="o", capsize=3, label=label)
-    axes.set(xlabel="tensor-parallel ranks", ylabel="decode tokens/s", title=_title(decodes[0]))
-    axes.set_xticks(sorted({record["tp"] for record in decodes}))
-    axes.set_ylim(bottom=0)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    return f"picture: {path}"
+
+    def lines(axes: Axes) -> None:
+        for batch, length in dict.fromkeys((r["batch_size"], r["prompt_length"]) for r in decodes):
+            line = [r for r in decodes if (r["batch_size"], r["prompt_length"]) == (batch, length)]
+            _draw_line(axes, line, f"batch {batch}, prompt {length}")
+        axes.set(xlabel="tensor-parallel ranks", ylabel="decode tokens/s", title=_title(decodes[0]))
+        axes.set_xticks(sorted({record["tp"] for record in decodes}))
+        axes.set_ylim(bottom=0)
+        axes.legend()
+
+    return draw(path, lines, size=(7, 4.5))
+
+
+def _draw_line(axes: Axes, line: Sequence[Record], label: str) -> None:
+    sizes = [record["tp"] for record in line]
+    speeds = [record["tokens_per_s"] for record in line]
+    below = [record["tokens_per_s"] - record["tokens_per_s_least"] for record in line]
+    above = [record["tokens_per_s_most"] - record["tokens_per_s"] for record in line]
+    axes.errorbar(sizes, speeds, yerr=[below, above], marker="o", capsize=3, label=label)
 
 
 def _title(record: Record) -> str:

@@ -27,6 +27,10 @@ def run(config: Config, _environment: WorkerEnvironment) -> None:
     layout = checkpoint.layout(QuantScheme())
     import torch  # here, so that a refusal need not wait for it
 
+    from launcher.tasks.checksums import check_all_shards
+
+    check_all_shards(config, checkpoint)
+
     num_threads = num_writers()
     # One tensor a thread: torch's own threads would only get in each other's way.
     torch.set_num_threads(1)

@@ -28,9 +28,11 @@ def run(config: Config, environment: WorkerEnvironment) -> None:
 
     # One tensor a thread: torch's own threads would only get in each other's way.
     torch.set_num_threads(1)
+    from launcher.tasks.checksums import check_all_shards
     from launcher.tasks.prepare_summary import print_summary
     from parallel.checkpoint.unfinished import unfinished_path
 
+    check_all_shards(resolved.config, resolved.checkpoint)
     started = time.perf_counter()
     try:
         _write(resolved, output)

@@ -8,14 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 from parallel.checkpoint.source import DTYPE_BYTES, FLOAT_DTYPES, TensorInfo
 from parallel.errors import CheckpointError, ModelError
 from parallel.model.config import ModelConfig
 from parallel.model.families import DROPPED_SUFFIXES
 from parallel.model.parameters import check_fused
-from parallel.model.placements import HEAD, KV_SCALES, Row, Table, linear_modules, placement_table
+from parallel.model.placements import (
+    EMBEDDING,
+    HEAD,
+    KV_SCALES,
+    Row,
+    Table,
+    linear_modules,
+    placement_table,
+)
 from parallel.placement import Index, Shape, Split, index_shape
 from quant.errors import QuantError
 from quant.scheme import LinearScheme, QuantScheme
@@ -96,6 +106,21 @@ class Layout:
         """All that a shard file holds."""
         return tuple(tensor for parts in self.parts.values() for tensor in parts)
 
+    @cached_property
+    def kinds(self) -> tuple[tuple[StoredTensor, int], ...]:
+        """A tensor of each kind, and how many are like it: 126 layers hold what one does, 126 times.
+
+        What a rank holds of a tensor depends on shapes and placements, not on names; the embedding
+        and lm_head are kinds of their own.
+        """
+        found: dict[Any, tuple[StoredTensor, int]] = {}
+        for tensor in self.tensors:
+            name = tensor.row.name if tensor.row.name in (EMBEDDING, HEAD) else ""
+            key = replace(tensor, name="", row=replace(tensor.row, name=name))
+            first, count = found.get(key, (tensor, 0))
+            found[key] = first, count + 1
+        return tuple(found.values())
+
     @property
     def labels(self) -> tuple[str, ...]:
         """The short names of the schemes in it, each once."""
@@ -103,14 +128,16 @@ class Layout:
 
     def rank_bytes(self, rank: int, size: int, float_dtype: str | None = None) -> int:
         """Bytes of one rank's weights on disk, or in memory with floats of `float_dtype`."""
-        return sum(tensor.num_bytes(rank, size, float_dtype) for tensor in self.tensors)
+        return sum(
+            count * tensor.num_bytes(rank, size, float_dtype) for tensor, count in self.kinds
+        )
 
     def check_tp(self, tp: int) -> None:
         """Raise ModelError unless the model can be dealt out to `tp` ranks, each of which gets some."""
         self.config.check_tp(tp)
         if tp in (valid := self.valid_tp_sizes()):
             return
-        row, num_units = min(self._units(), key=lambda found: found[1])
+        row, num_units = self.least_units()
         raise ModelError(
             f"`parallel.tp` must be at most {num_units}, into which {row.name} "
             f"({'x'.join(map(str, row.shape))}) can be cut, or a rank would get nothing, but is {tp}; "
@@ -119,8 +146,12 @@ class Layout:
 
     def valid_tp_sizes(self) -> tuple[int, ...]:
         """The tensor-parallel sizes that this model, quantized so, can be split by."""
-        most = min(num_units for _, num_units in self._units())
+        _, most = self.least_units()
         return tuple(tp for tp in self.config.valid_tp_sizes() if tp <= most)
+
+    def least_units(self) -> tuple[Row, int]:
+        """The row that can be dealt out among the fewest ranks, and among how many."""
+        return min(self._units(), key=lambda found: found[1])
 
     def check_exact_sums(self, exact_sums: bool | None) -> None:
         """Raise QuantError where exact sums are asked for and a scale belongs to a group."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from parallel.checkpoint.layout import Layout
@@ -110,12 +111,7 @@ def temporary_bytes(layout: Layout, tp: int, workload: Workload) -> int:
     config = layout.config
     tokens = min(workload.prefill_chunk, workload.batch_size * workload.max_length)
     width = DTYPE_BYTES[workload.dtype]
-    ffn = max(
-        index_shape(row.index(rank, tp))[1]
-        for name, row in layout.table.items()
-        if name.endswith("down_proj.weight")
-        for rank in range(tp)
-    )
+    ffn = _widest_ffn(layout, tp)
     heads = config.num_attention_heads // tp * config.head_dim
     stream = tokens * config.hidden_size * (3 * width + 3 * 4)
     wide = tokens * max(3 * ffn, 6 * heads) * max(width, 4)
@@ -124,6 +120,34 @@ def temporary_bytes(layout: Layout, tp: int, workload: Workload) -> int:
     kv_heads = max(1, config.num_key_value_heads // tp) * config.head_dim
     run = 2 * kv_heads * workload.max_length * (width + 4) if layout.scheme.kv_granularity else 0
     return stream + wide + mask + logits + run
+
+
+def _widest_ffn(layout: Layout, tp: int) -> int:
+    """The most neurons that a rank has of a layer."""
+    rows = {
+        (row.shape, row.placement)
+        for name, row in layout.table.items()
+        if name.endswith("down_proj.weight")
+    }
+    return max(
+        index_shape(placement.index(shape, rank, tp))[1]
+        for shape, placement in rows
+        for rank in range(tp)
+    )
+
+
+def prefill_flops(layout: Layout, tp: int, length: int) -> int:
+    """Multiplications and additions of a rank for each token of a prompt of `length`, on average.
+
+    Two for each weight of a linear but lm_head, which sees last positions only, and four for each
+    channel of a query at each position that it attends to, half of the prompt.
+    """
+    config = layout.config
+    weights = sum(
+        math.prod(row.shape) for row in layout.table.values() if row.is_linear and row.name != HEAD
+    )
+    channels = config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    return (2 * weights + 4 * channels * (length // 2)) // tp
 
 
 def unsupported_reason(layout: Layout, tp: int) -> str | None:
@@ -137,8 +161,8 @@ def unsupported_reason(layout: Layout, tp: int) -> str | None:
 
 def _weights_by_kind(layout: Layout, rank: int, tp: int, dtype: str) -> tuple[int, int, int]:
     linear = embedding = other = 0
-    for tensor in layout.tensors:
-        num_bytes = tensor.num_bytes(rank, tp, dtype)
+    for tensor, count in layout.kinds:
+        num_bytes = count * tensor.num_bytes(rank, tp, dtype)
         if tensor.row.name in (EMBEDDING, HEAD):
             embedding += num_bytes
         elif tensor.row.is_linear:
@@ -149,4 +173,5 @@ def _weights_by_kind(layout: Layout, rank: int, tp: int, dtype: str) -> tuple[in
 
 
 def _bytes_of(layout: Layout, name: str, rank: int, tp: int, dtype: str) -> int:
-    return sum(t.num_bytes(rank, tp, dtype) for t in layout.tensors if t.row.name == name)
+    parts = layout.parts[name]
+    return sum(part.num_bytes(rank, tp, dtype) for part in parts)

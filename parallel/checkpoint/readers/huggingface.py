@@ -5,11 +5,12 @@ safetensors are read where there are any, as transformers does, else pytorch_mod
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parallel.checkpoint.json_file import read_json_object
+from parallel.checkpoint.json_file import distinct, read_json_object
 from parallel.checkpoint.readers.safetensors_file import SafetensorsFile
 from parallel.checkpoint.readers.torch_file import TorchFile
 from parallel.checkpoint.source import TensorInfo
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 INDEX_NAME = "model.safetensors.index.json"
+# Of a file, in every system.
+_LONGEST_NAME = 255
 BIN_NAME = "pytorch_model.bin"
 BIN_INDEX_NAME = "pytorch_model.bin.index.json"
 _SAFETENSORS = ".safetensors"
@@ -127,13 +130,18 @@ def read_index(path: Path) -> dict[str, str]:
     Raises:
         CheckpointError: not an index, or a file name that leaves the directory.
     """
-    weight_map = read_json_object(path).get("weight_map")
+    weight_map = read_json_object(path, hook=distinct).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no weight_map; download it again.")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+        if not _is_file_name(file):
             raise CheckpointError(
-                f"{path} says that {name} is in {file!r}, which is not a file name in its own "
-                "directory; do not use this checkpoint unless you trust where it comes from."
+                f"{path} says that {name} is in {reprlib.repr(file)}, which is not a file name in its "
+                "own directory; do not use this checkpoint unless you trust where it comes from."
             )
     return weight_map
+
+
+def _is_file_name(value: object) -> bool:
+    is_short = isinstance(value, str) and len(value) <= _LONGEST_NAME
+    return is_short and Path(str(value)).name == value and value not in ("", ".", "..")

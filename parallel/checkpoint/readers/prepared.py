@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parallel.checkpoint.json_file import read_json_object
+from parallel.checkpoint.json_file import distinct, read_json_object
 from parallel.checkpoint.readers.safetensors_file import SafetensorsFile
 from parallel.checkpoint.source import DTYPE_BYTES, TensorInfo
 from parallel.errors import CheckpointError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 SHARD_FILE = "model.safetensors"
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,14 @@ class PreparedSource:
         self.path = path
         self.manifest = _read_manifest(path / MANIFEST)
         self.size: int = self.manifest["mesh"]["tp"]
+        self.ranks: tuple[int, ...] = tuple(self.manifest["ranks"])
         self.scheme = QuantScheme.from_dict(self.manifest["scheme"])
         self.vocab_emb_dp: bool = self.manifest["vocab_emb_dp"]
-        self.ranks: tuple[int, ...] = tuple(self.manifest["ranks"])
-        self._shards = {name: _shards(entry) for name, entry in self._entries()}
+        self._slices = {name: _slices(entry) for name, entry in self._entries()}
+        self._shards = {
+            name: [_Shard(rank, slices[rank]) for rank in self.ranks]
+            for name, slices in self._slices.items()
+        }
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(tuple(entry["shape"]), entry["dtype"], MANIFEST)
             for name, entry in self._entries()
@@ -68,19 +74,26 @@ class PreparedSource:
         Raises:
             CheckpointError: a part of it is in no shard that is here.
         """
-        here = [shard for shard in self._shards[name] if shard.rank in self._files]
-        for shard in here:
+        for shard in self._shards[name]:
             if _contains(shard.index, index):
                 return self._read_shard(name, shard, index)
-        return self._join(name, here, index)
+        return self._join(name, index)
 
     def identity(self) -> dict[str, Any]:
         """That of the checkpoint it was prepared from."""
         return dict(self.manifest["source"])
 
     def slices(self, name: str) -> list[Index]:
-        """The slice of a tensor that each rank's file holds."""
-        return [shard.index for shard in self._shards[name]]
+        """The slice of a tensor that each of `size` ranks has, here or elsewhere."""
+        return self._slices[name]
+
+    def file(self, rank: int) -> SafetensorsFile:
+        """The shard file of a rank that is here."""
+        return self._files[rank]
+
+    def sha256(self, name: str, rank: int) -> str:
+        """The sum of a rank's slice of a tensor, by the manifest."""
+        return str(self.manifest["tensors"][name]["shards"][rank]["sha256"])
 
     @property
     def _has_gaps(self) -> bool:
@@ -96,14 +109,14 @@ class PreparedSource:
         )
         return self._files[shard.rank].read(name, local)
 
-    def _join(self, name: str, here: list[_Shard], index: Index) -> Tensor:
+    def _join(self, name: str, index: Index) -> Tensor:
         import torch
 
         info = self.tensors[name]
         joined = torch.empty(index_shape(index), dtype=getattr(torch, info.dtype))
         found = torch.zeros(joined.shape, dtype=torch.bool) if self._has_gaps else None
         # Ranks that share a kv head have the same slice.
-        for shard in {str(shard.index): shard for shard in here}.values():
+        for shard in {str(shard.index): shard for shard in self._shards[name]}.values():
             common = _intersection(shard.index, index)
             if common is not None:
                 target = tuple(
@@ -124,10 +137,8 @@ class PreparedSource:
     def _check_file(self, rank: int) -> None:
         found = self._files[rank].tensors
         wanted = {
-            name: (index_shape(shard.index), self.tensors[name].dtype)
-            for name, shards in self._shards.items()
-            for shard in shards
-            if shard.rank == rank
+            name: (index_shape(slices[rank]), self.tensors[name].dtype)
+            for name, slices in self._slices.items()
         }
         if {name: (info.shape, info.dtype) for name, info in found.items()} != wanted:
             raise CheckpointError(
@@ -147,9 +158,16 @@ def is_prepared(path: Path) -> bool:
     return (path / MANIFEST).exists()
 
 
+def prepared_size(path: Path) -> int | None:
+    """The tensor-parallel size of a directory that `prepare` wrote, by its manifest alone; None: it is
+    another. Raises CheckpointError for a manifest that is damaged."""
+    return int(_read_manifest(path / MANIFEST)["mesh"]["tp"]) if is_prepared(path) else None
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
-    manifest = read_json_object(path)
-    if manifest.get("format") != "shardrun" or manifest.get("version") != FORMAT_VERSION:
+    manifest = read_json_object(path, hook=distinct)
+    version = manifest.get("version")
+    if manifest.get("format") != "shardrun" or (type(version), version) != (int, FORMAT_VERSION):
         raise CheckpointError(
             f"{path} is not a manifest of version {FORMAT_VERSION}; prepare the checkpoint again."
         )
@@ -161,17 +179,22 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _check_manifest(manifest: dict[str, Any]) -> None:
-    """Every value that is read later has its type, and every tensor a shard for each rank."""
+    """Every value that is read later has its type, and every tensor a slice for each rank, and a sum
+    for those that are here."""
     size = manifest["mesh"]["tp"]
     if manifest["complete"] is not True or type(size) is not int or size < 1:
         raise ValueError(f"complete is {manifest['complete']!r}, tp is {size!r}")
     if len(manifest["mesh"]) != 1:
         raise ValueError(f"the mesh is {manifest['mesh']!r}, of which only tp is known")
     ranks = manifest["ranks"]
-    if not ranks or sorted(set(ranks)) != sorted(ranks) or not set(ranks) <= set(range(size)):
+    if not ranks or not all(type(rank) is int and 0 <= rank < size for rank in ranks):
         raise ValueError(f"ranks is {ranks!r}, tp is {size}")
+    if len(set(ranks)) < len(ranks):
+        raise ValueError(f"ranks is {ranks!r}, of which one stands twice")
     if type(manifest["vocab_emb_dp"]) is not bool or type(manifest["source"]) is not dict:
         raise ValueError("vocab_emb_dp or source is of another type")
+    if not manifest["tensors"]:
+        raise ValueError("it lists no tensors")
     QuantScheme.from_dict(manifest["scheme"])
     for name, entry in manifest["tensors"].items():
         lengths = [*entry["shape"], *(end for shard in entry["shards"] for end in _ends(shard))]
@@ -179,16 +202,17 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
             raise ValueError(f"{name} has a length that is no whole number")
         if len(entry["shards"]) != size or entry["dtype"] not in DTYPE_BYTES:
             raise ValueError(f"{name} has {len(entry['shards'])} shards of {entry['dtype']!r}")
+        if not all(_SHA256.fullmatch(entry["shards"][rank]["sha256"]) for rank in ranks):
+            raise ValueError(f"{name} has a sum that is none")
 
 
 def _ends(shard: dict[str, Any]) -> Iterator[int]:
     return (end for start, stop in shard["slice"] for end in (start, stop))
 
 
-def _shards(entry: dict[str, Any]) -> list[_Shard]:
+def _slices(entry: dict[str, Any]) -> list[Index]:
     return [
-        _Shard(rank, tuple(slice(start, stop) for start, stop in shard["slice"]))
-        for rank, shard in enumerate(entry["shards"])
+        tuple(slice(start, stop) for start, stop in shard["slice"]) for shard in entry["shards"]
     ]
 
 

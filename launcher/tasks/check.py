@@ -1,0 +1,121 @@
+"""check: every sum of a prepared checkpoint, and that nothing is missing, changed or too much.
+
+Status 0: all good. 1: it was checked, and is damaged. 2: it cannot be checked.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from launcher.environment.worker import WorkerEnvironment
+from launcher.failures import ConfigError, RunError
+from launcher.schema import Config
+from parallel.checkpoint.open import open_checkpoint
+from parallel.checkpoint.readers.prepared import MANIFEST, SHARD_FILE, PreparedSource
+from parallel.checkpoint.side_files import COPIED_FILES
+from parallel.checkpoint.sums import Piece, list_pieces, wrong_pieces
+from quant.scheme import QuantScheme
+
+_MOST_NAMED = 5
+
+
+def run(config: Config, _environment: WorkerEnvironment) -> None:
+    """Print what was found.
+
+    Raises:
+        ConfigError: no checkpoint is named, or a key has no effect.
+        CheckpointError: a header, the manifest or config.json contradicts another.
+        RunError: sums that are wrong, or shards that do not belong here.
+    """
+    path = _directory(config)
+    checkpoint = open_checkpoint(path)
+    checkpoint.layout(QuantScheme())
+    if not isinstance(checkpoint.source, PreparedSource):
+        print(
+            f"{path}: {len(checkpoint.source.tensors):,} tensors have the names, shapes and dtypes of "
+            "its config.json, and files of the right size; it has no sums, so changed values cannot "
+            "be seen (prepare takes sums of what it reads)"
+        )
+        return
+    _check_prepared(checkpoint.source)
+
+
+def _directory(config: Config) -> Path:
+    if config.checkpoint is None:
+        raise ConfigError("check needs `checkpoint`; write checkpoint=DIRECTORY.")
+    if config.output is not None:
+        raise ConfigError("`output` has no effect on check, which writes nothing; drop it.")
+    return Path(config.checkpoint).absolute()
+
+
+def _check_prepared(source: PreparedSource) -> None:
+    pieces = list_pieces(source, source.ranks)
+    num_bytes = sum(piece.num_bytes for piece in pieces)
+    started = time.perf_counter()
+    wrong = _wrong(pieces, num_bytes)
+    seconds = time.perf_counter() - started
+    faults = [*_faults(wrong), *_strays(source)]
+    if faults:
+        raise RunError(f"{source.path} is damaged: {'; '.join(faults)}")
+    ranks = f"{len(source.ranks)} of {source.size}" if len(source.ranks) < source.size else "all"
+    print(
+        f"{source.path}: all good, {len(pieces):,} sums of {ranks} ranks' shards, "
+        f"{num_bytes / 1e9:.3g} GB in {seconds:.1f} s ({num_bytes / 1e9 / max(seconds, 1e-9):.2f} GB/s)"
+    )
+    if unsummed := _unsummed(source):
+        print(f"without a sum, only looked at: {', '.join(unsummed)}")
+
+
+def _wrong(pieces: Sequence[Piece], num_bytes: int) -> list[Piece]:
+    """All cores hash; nothing else is to be done meanwhile."""
+    is_quiet = not sys.stderr.isatty()
+    with tqdm(
+        total=num_bytes, unit="B", unit_scale=True, desc="check", disable=is_quiet, leave=False
+    ) as bar:
+        return wrong_pieces(pieces, len(os.sched_getaffinity(0)), bar.update)
+
+
+def _faults(wrong: Sequence[Piece]) -> list[str]:
+    """A clause for each shard file with wrong sums: how many, and which first."""
+    counts = Counter(piece.path for piece in wrong)
+    return [
+        f"{path} has {count} wrong {'sum' if count == 1 else 'sums'} ({_named(wrong, path)})"
+        for path, count in counts.items()
+    ]
+
+
+def _named(wrong: Sequence[Piece], path: Path) -> str:
+    names = [piece.name for piece in wrong if piece.path == path]
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more
+
+
+def _strays(source: PreparedSource) -> list[str]:
+    """Weights that the manifest does not list: what lies in or beside the ranks' directories."""
+    wanted = {Path(f"rank_{rank}", SHARD_FILE) for rank in source.ranks}
+    found = {
+        file.relative_to(source.path)
+        for pattern in ("rank_*", "rank_*/*", "*.safetensors")
+        for file in source.path.glob(pattern)
+        if pattern != "rank_*" or not _holds_shard(source, file)
+    }
+    strays = sorted(str(file) for file in found - wanted)
+    return [f"its manifest does not list {', '.join(strays)}"] if strays else []
+
+
+def _holds_shard(source: PreparedSource, folder: Path) -> bool:
+    return folder.name in {f"rank_{rank}" for rank in source.ranks}
+
+
+def _unsummed(source: PreparedSource) -> list[str]:
+    """The files beside the shards."""
+    names = {file.name for file in source.path.iterdir() if not file.name.startswith("rank_")}
+    known = [name for name in COPIED_FILES if name in names]
+    return [*known, *sorted(names - {*known, MANIFEST})]

@@ -1,0 +1,102 @@
+"""What a checkpoint takes on a disk, before and after `prepare`. Needs no torch, and reads no weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from parallel.checkpoint.json_file import read_json_object
+from parallel.checkpoint.layout import Layout, make_layout
+from parallel.checkpoint.readers.huggingface import BIN_INDEX_NAME, INDEX_NAME, read_index
+from parallel.checkpoint.readers.prepared import SHARD_FILE, is_prepared
+from parallel.checkpoint.side_files import COPIED_FILES
+from quant.scheme import QuantScheme
+
+# Of each form; MindFormers' and Golden Stick's may lie in a directory a rank.
+_WEIGHTS = (
+    "*.safetensors", "*.bin", "*.pth", "*.ckpt", "rank_*/*.safetensors", "rank_*/*.ckpt",
+)  # fmt: skip
+_INDEXES = (INDEX_NAME, BIN_INDEX_NAME)
+# From above, beside the name: an entry of a shard's header, a tensor of the manifest (its shape, and the
+# sum of its source), and a shard of that (two slices and a sum, which the journal of an unfinished one
+# has as well).
+_HEADER_ENTRY, _MANIFEST_ENTRY, _MANIFEST_SHARD = 110, 250, 360
+_BLOCK = 4096
+
+
+@dataclass(frozen=True)
+class SourceSize:
+    """How large a source is, and what says so.
+
+    Attributes:
+        largest: its largest file, where there are files.
+    """
+
+    num_bytes: int
+    basis: str
+    largest: Path | None = None
+
+
+def source_size(path: Path | None, layout: Layout) -> SourceSize:
+    """Bytes of the weights: of the files that are there, else what the index says, else the config."""
+    files = weight_files(path) if path is not None else []
+    if files:
+        sizes = {file: file.stat().st_size for file in files}
+        return SourceSize(sum(sizes.values()), "its files", max(files, key=sizes.__getitem__))
+    total = _index_total(path) if path is not None else None
+    if total is not None:
+        return SourceSize(total, "its index")
+    plain = make_layout(layout.config, QuantScheme())
+    return SourceSize(plain.rank_bytes(0, 1), "its config.json")
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files of a directory that hold weights: those of its index, where all of them are there, else
+    those of the first form that is."""
+    if is_prepared(path):
+        return sorted(path.glob(f"rank_*/{SHARD_FILE}"))
+    index = next((path / name for name in _INDEXES if (path / name).exists()), None)
+    if index is not None:
+        named = sorted({path / name for name in read_index(index).values()})
+        return named if len(_regular(named)) == len(named) else []
+    found = (sorted(path.glob(pattern)) for pattern in _WEIGHTS)
+    return next((_regular(files) for files in found if files), [])
+
+
+def prepared_bytes(
+    layout: Layout, size: int, *, ranks: Sequence[int] | None = None, source: Path | None = None
+) -> int:
+    """What `prepare` writes, from above: shards with their headers, manifest, the files beside.
+
+    Args:
+        ranks: whose shards are written; None: those of all.
+        source: the directory whose config.json and tokenizer are copied.
+    """
+    ranks = range(size) if ranks is None else ranks
+    names = [len(tensor.name) for tensor in layout.tensors]
+    header = sum(names) + _HEADER_ENTRY * (len(names) + 1)
+    manifest = 3 * sum(names) + (_MANIFEST_ENTRY + _MANIFEST_SHARD * size) * len(names)
+    beside = sum(file.stat().st_size for file in _beside(source)) if source else 0
+    rounding = _BLOCK * (2 * len(ranks) + len(COPIED_FILES) + 2)
+    shards = sum(layout.rank_bytes(rank, size) for rank in ranks)
+    return shards + header * len(ranks) + manifest + beside + rounding
+
+
+def _beside(source: Path) -> list[Path]:
+    return _regular([source / name for name in COPIED_FILES])
+
+
+def _regular(files: Sequence[Path]) -> list[Path]:
+    return [file for file in files if file.is_file()]
+
+
+def _index_total(path: Path) -> int | None:
+    """`metadata.total_size` of an index, which some writers leave out."""
+    for name in _INDEXES:
+        if (path / name).exists():
+            metadata: Any = read_json_object(path / name).get("metadata")
+            total = metadata.get("total_size") if isinstance(metadata, dict) else None
+            return total if type(total) is int and total > 0 else None
+    return None
