@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,6 +44,8 @@ class LoadTimings:
             or converting to the compute dtype; joining and packing for the kernel.
         num_threads: parameters that were worked on at a time.
         weight_bytes: bytes of the weights as they lie in memory.
+        disk_bytes: what the disk was read for this process, by the kernel's count; the rest was in the
+            page cache, where ranks of a host find what another has read.
     """
 
     wall_s: float = 0.0
@@ -51,6 +54,7 @@ class LoadTimings:
     pack_s: float = 0.0
     num_threads: int = 1
     weight_bytes: int = 0
+    disk_bytes: int = 0
 
 
 def load_decoder(
@@ -81,7 +85,7 @@ def load_decoder(
         CheckpointError: a weight that must be quantized holds an infinity or a NaN; static scales
             that are missing, or that differ between products of one input.
     """
-    start = time.perf_counter()
+    start, before = time.perf_counter(), _disk_bytes()
     loader = _Loader(layout, source, group, dtype, device, kernel or ReferenceKernel())
     timings = LoadTimings(num_threads=num_threads or torch.get_num_threads())
     wanted = parameters(layout.table)
@@ -107,6 +111,7 @@ def load_decoder(
         exact_sums=exact_sums,
     )
     timings.wall_s = time.perf_counter() - start
+    timings.disk_bytes = _disk_bytes() - before
     return decoder, timings
 
 
@@ -198,6 +203,15 @@ def _in_threads(
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(torch_threads)
+
+
+def _disk_bytes() -> int:
+    """What the disk has been read for this process so far; 0 where the kernel does not say."""
+    try:
+        lines = Path("/proc/self/io").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), 0)
 
 
 def _return_freed_memory() -> None:

@@ -31,7 +31,7 @@ from launcher.tasks.bench_record import Host, Measured, Record, Run, make_record
 from launcher.tasks.bench_simulate import CollectiveCost
 from launcher.tasks.bench_table import print_records
 from launcher.tasks.bench_work import Case, cases, decode_work, num_steps, prefill_work
-from launcher.tasks.generate import open_decoder
+from launcher.tasks.loading import open_decoder
 from parallel.checkpoint.layout import Layout
 from parallel.checkpoint.open import Checkpoint
 from parallel.group import Group, SimulatedGroup

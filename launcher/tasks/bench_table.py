@@ -44,7 +44,8 @@ def _model(record: Record) -> str:
 def _ranks(record: Record) -> str:
     threads, tp = record["threads"], record["tp"]
     each = (
-        f"{threads} thread{'s' if threads > 1 else ''} a rank, loaded in {record['load_s']:.1f} s"
+        f"{threads} thread{'s' if threads > 1 else ''} a rank, loaded in {record['load_s']:.1f} s "
+        f"({record['loading']['weight_bytes'] / 1e9 / record['loading']['wall_s']:.2f} GB/s a rank)"
     )
     if not record["estimate"]:
         return f"tp={tp}, {record['device']}, {each}"

@@ -20,7 +20,7 @@ from launcher.ranks.rank import Rank
 from launcher.resolve import model_overrides, open_original
 from launcher.tasks.eval_report import write_result
 from launcher.tasks.eval_result import ModelResult
-from launcher.tasks.generate import open_decoder
+from launcher.tasks.loading import open_decoder
 from parallel.checkpoint.open import Checkpoint, open_checkpoint
 from parallel.generation.choices import Problem, choice_log_probs
 from parallel.generation.loss import Loss

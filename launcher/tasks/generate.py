@@ -10,23 +10,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from tqdm import tqdm
-
-from launcher.host.device import resolve_dtype
 from launcher.job import Job, Prompt
 from launcher.progress import open_bar
 from launcher.ranks.rank import Rank
 from launcher.resolve import model_overrides
 from launcher.schema import GenerationSection
+from launcher.tasks.loading import cache_length, open_decoder, say_loaded
 from launcher.text import TextStream, Tokenizer, open_tokenizer
 from parallel.checkpoint.open import Checkpoint, open_checkpoint
 from parallel.generation.decode import Completion, GenerationLoop, Request, Timings
 from parallel.generation.sampling import Sampling
-from parallel.group import Group
-from parallel.load import LoadTimings, load_decoder
+from parallel.load import LoadTimings
 from parallel.model.decoder import Decoder
-from quant.kernels.choice import open_kernel
-from quant.scheme import QuantScheme
 
 
 def run_rank(rank: Rank) -> None:
@@ -37,6 +32,7 @@ def run_rank(rank: Rank) -> None:
     rank.timeline.mark("load")
     if rank.group.rank == 0:
         _say_dtype(rank, checkpoint, decoder)
+    say_loaded(rank, loaded)
     rank.group.barrier()
     rank.timeline.mark("wait_for_others")
     writer = ResultWriter(rank) if rank.group.rank == 0 else None
@@ -61,54 +57,6 @@ def _say_dtype(rank: Rank, checkpoint: Checkpoint, decoder: Decoder) -> None:
         )
 
 
-def open_decoder(
-    rank: Rank,
-    checkpoint: Checkpoint,
-    group: Group,
-    scheme: QuantScheme | None = None,
-    *,
-    max_length: int | None = None,
-) -> tuple[Decoder, LoadTimings]:
-    """This rank's part of the model, from a prepared directory or sharded on the fly.
-
-    Args:
-        group: the ranks that share the model; not always all ranks of the job.
-        scheme: in place of the job's.
-        max_length: the longest sequence; None: the longest prompt with its answer.
-    """
-    config = rank.job.config
-    layout = checkpoint.layout(
-        scheme or config.quant.scheme(), vocab_emb_dp=config.parallel.vocab_emb_dp
-    )
-    dtype = resolve_dtype(config.dtype, checkpoint.config.dtype, rank.device)
-    with _loading_bar(rank, layout.rank_bytes(group.rank, group.size)) as bar:
-        return load_decoder(
-            layout,
-            checkpoint.source,
-            group,
-            dtype,
-            rank.device,
-            max_length=max_length or cache_length(rank.job.prompts),
-            kernel=open_kernel(config.kernel),
-            exact_sums=config.parallel.exact_sums,
-            on_bytes=bar.update,
-        )
-
-
-def _loading_bar(rank: Rank, num_bytes: int) -> tqdm[Any]:
-    """Progress of loading on rank 0's console, gone when it is done."""
-    is_shown = rank.group.rank == 0
-    return open_bar(
-        rank.console,
-        is_shown=is_shown,
-        total=num_bytes,
-        unit="B",
-        unit_scale=True,
-        desc="loading",
-        leave=False,
-    )
-
-
 def make_loop(
     job: Job, checkpoint: Checkpoint, decoder: Decoder, writer: ResultWriter | None
 ) -> GenerationLoop:
@@ -128,11 +76,6 @@ def make_loop(
 
 def requests(prompts: Sequence[Prompt]) -> list[Request]:
     return [Request(item.index, item.token_ids, item.max_new_tokens) for item in prompts]
-
-
-def cache_length(prompts: Sequence[Prompt]) -> int:
-    """Positions of one row of the cache."""
-    return max(len(item.token_ids) + item.max_new_tokens for item in prompts)
 
 
 def sampling(section: GenerationSection) -> Sampling:

@@ -44,7 +44,8 @@ def run(config: Config, environment: WorkerEnvironment) -> None:
     seconds = time.perf_counter() - started
     assert resolved.config.parallel.tp is not None
     size = resolved.config.parallel.tp
-    print_summary(resolved.layout, resolved.checkpoint.source, size, output, seconds)
+    ranks, source = resolved.config.prepare.ranks, resolved.checkpoint.source
+    print_summary(resolved.layout, source, size, ranks, output, seconds)
 
 
 def _write(resolved: Resolved, output: Path) -> None:
@@ -54,7 +55,7 @@ def _write(resolved: Resolved, output: Path) -> None:
 
     config, source = resolved.config, resolved.checkpoint.source
     assert config.parallel.tp is not None
-    total = source_bytes(resolved.layout, source)
+    total = source_bytes(resolved.layout, source, config.parallel.tp, config.prepare.ranks)
     with tqdm(
         total=total, unit="B", unit_scale=True, desc="prepare", disable=not sys.stderr.isatty()
     ) as bar:

@@ -35,7 +35,8 @@ def run_rank(rank: Rank) -> None:
     if not calibrates(config):
         seconds = _write(rank, checkpoint.source, layout, output)
         if rank.group.rank == 0:
-            print_summary(layout, checkpoint.source, rank.job.tp, output, seconds)
+            size, ranks = rank.job.tp, config.prepare.ranks
+            print_summary(layout, checkpoint.source, size, ranks, output, seconds)
         return
     found = calibrate_rank(rank, checkpoint, layout, output)
     _write(rank, found.source, layout, output)
@@ -51,7 +52,8 @@ def _write(rank: Rank, source: Source, layout: Layout, output: Path) -> float:
     """The seconds that it took."""
     started = time.perf_counter()
     # Bytes of this rank's share: the others' are alike.
-    total = source_bytes(layout, source) // rank.group.size
+    ranks = rank.job.config.prepare.ranks
+    total = source_bytes(layout, source, rank.job.tp, ranks) // rank.group.size
     with open_bar(
         rank.console,
         is_shown=rank.group.rank == 0,
@@ -66,7 +68,7 @@ def _write(rank: Rank, source: Source, layout: Layout, output: Path) -> float:
             source,
             rank.job.tp,
             output,
-            ranks=rank.job.config.prepare.ranks,
+            ranks=ranks,
             overrides=model_overrides(rank.job.config),
             group=rank.group,
             num_threads=num_writers(),

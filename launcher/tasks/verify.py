@@ -18,7 +18,8 @@ from launcher.failures import RunError
 from launcher.job import Job, Prompt
 from launcher.ranks.rank import Rank
 from launcher.resolve import model_overrides, open_original
-from launcher.tasks.generate import cache_length, make_loop, open_decoder, requests
+from launcher.tasks.generate import make_loop, requests
+from launcher.tasks.loading import cache_length, open_decoder
 from parallel.checkpoint.open import Checkpoint, open_checkpoint
 from parallel.generation.score import score
 from parallel.group import Group, LoneGroup

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -65,20 +65,27 @@ class Conversion:
         journal: Journal,
     ) -> None:
         self._layout, self._source, self._size = layout, source, size
+        self._ranks = [shard.rank for shard in shards]
         self._shards, self._journal = shards, journal
         # A prepared source has those of the checkpoint that it was made from.
         self._takes_sums = "tensors" not in source.identity()
         self._is_stopped = Event()
 
-    def run(self, jobs: Iterable[str], num_threads: int, on_bytes: Callable[[int], object]) -> None:
-        """Convert source tensors, by their names; an error or a signal ends all threads soon."""
+    def run(
+        self, jobs: Mapping[str, int], num_threads: int, on_bytes: Callable[[int], object]
+    ) -> None:
+        """Convert source tensors; an error or a signal ends all threads soon.
+
+        Args:
+            jobs: their names, and the bytes that are read of each.
+        """
         rows = rows_by_source(self._layout, self._source)
         # One more, which flushes.
         pool = ThreadPoolExecutor(num_threads + 1)
         flushing = pool.submit(self._flush)
         try:
             for name in pool.map(lambda name: self._convert(name, rows[name]), jobs):
-                on_bytes(num_bytes(self._source, name))
+                on_bytes(jobs[name])
         finally:
             self._is_stopped.set()
             pool.shutdown(cancel_futures=True)
@@ -121,28 +128,13 @@ class Conversion:
 
     def _blocks(self, rows: Sequence[Row]) -> Iterator[Run]:
         """The rows that some rank here needs, a few megabytes at a time."""
-        row_bytes = max(1, num_bytes(self._source, source_name(self._source, rows[0])))
-        step = max(1, BLOCK_BYTES * rows[0].shape[0] // row_bytes)
+        size = max(1, num_bytes(self._source, source_name(self._source, rows[0])))
+        step = max(1, BLOCK_BYTES * rows[0].shape[0] // size)
         # A tensor of one dimension is one block: its parts are no rows.
         step = step if len(rows[0].shape) > 1 else rows[0].shape[0]
-        for start, stop in self._needed(rows):
+        for start, stop in needed_rows(rows, self._ranks, self._size):
             for first in range(start, stop, step):
                 yield first, min(first + step, stop)
-
-    def _needed(self, rows: Sequence[Row]) -> list[Run]:
-        runs = sorted(
-            (cut.start, cut.stop)
-            for row in rows
-            for shard in self._shards
-            for cut in row.index(shard.rank, self._size)[:1]
-        )
-        merged: list[Run] = []
-        for start, stop in runs:
-            if merged and start <= merged[-1][1]:
-                merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
-            else:
-                merged.append((start, stop))
-        return merged
 
 
 class _PassingSource:
@@ -233,3 +225,27 @@ def num_bytes(source: Source, name: str) -> int:
     """Size of a tensor in the source."""
     info = source.tensors[name]
     return math.prod(info.shape) * DTYPE_BYTES[info.dtype]
+
+
+def needed_rows(rows: Sequence[Row], ranks: Iterable[int], size: int) -> list[Run]:
+    """The rows of one source tensor that some of `ranks` need, in order, apart from each other."""
+    cuts = sorted(
+        (cut.start, cut.stop) for row in rows for rank in ranks for cut in row.index(rank, size)[:1]
+    )
+    runs: list[Run] = []
+    for start, stop in cuts:
+        if runs and start <= runs[-1][1]:
+            runs[-1] = (runs[-1][0], max(stop, runs[-1][1]))
+        else:
+            runs.append((start, stop))
+    return runs
+
+
+def read_bytes(layout: Layout, source: Source, size: int, ranks: Sequence[int]) -> dict[str, int]:
+    """What is read of each source tensor for the shards of `ranks`."""
+    return {
+        name: num_bytes(source, name)
+        * sum(stop - start for start, stop in needed_rows(rows, ranks, size))
+        // max(1, rows[0].shape[0])
+        for name, rows in rows_by_source(layout, source).items()
+    }

@@ -23,7 +23,14 @@ from parallel.checkpoint.layout import (
     make_layout,
 )
 from parallel.checkpoint.readers.compressed import CompressedSource, part_names
-from parallel.checkpoint.readers.huggingface import INDEX_NAME, HuggingFaceSource, read_index
+from parallel.checkpoint.readers.huggingface import (
+    BIN_INDEX_NAME,
+    INDEX_NAME,
+    HuggingFaceSource,
+    read_index,
+)
+from parallel.checkpoint.readers.meta import MetaSource, is_meta
+from parallel.checkpoint.readers.meta_config import PARAMS, read_meta_config
 from parallel.checkpoint.readers.mindformers import MindFormersSource
 from parallel.checkpoint.readers.mindformers_files import is_mindformers
 from parallel.checkpoint.readers.mindformers_names import by_hf_names
@@ -35,8 +42,6 @@ from parallel.errors import CheckpointError
 from parallel.model.config import ModelConfig, override_config, token_ids
 from parallel.model.placements import Row, linear_modules, placement_table
 from quant.scheme import QuantScheme
-
-BIN_INDEX_NAME = "pytorch_model.bin.index.json"
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ class Checkpoint:
 def open_checkpoint(
     path: Path, overrides: Mapping[str, Any] | None = None, *, key: str = "checkpoint"
 ) -> Checkpoint:
-    """Open a Hugging Face directory or one that `prepare` wrote.
+    """Open a directory of Hugging Face's, of Meta's, or one that `prepare` wrote.
 
     Args:
         overrides: values that stand in for those of config.json, by its names.
@@ -133,9 +138,14 @@ def open_random(values: Mapping[str, Any], scheme: QuantScheme, seed: int) -> Ch
 
 
 def read_config(path: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """`config.json` of a directory, with overrides; the weights are not looked at."""
+    """`config.json` of a directory, with overrides; the weights are not looked at.
+
+    Where Meta's files have none, it is their params.json in other words, with what the headers of
+    the files say.
+    """
     check_directory(path, "checkpoint")
-    values = read_json_object(path / "config.json")
+    file = _config_file(path)
+    values = read_meta_config(path) if file.name == PARAMS else read_json_object(file)
     return override_config(values, overrides or {})
 
 
@@ -163,12 +173,20 @@ def describe_layout(
 def _model_config(values: dict[str, Any], path: Path) -> ModelConfig:
     """What is said of quantization is for another to read, unless nobody does."""
     own = values if is_prepared(path) else without_quantization(values)
-    return ModelConfig.from_hf(own, str(path / "config.json"))
+    return ModelConfig.from_hf(own, str(_config_file(path)))
+
+
+def _config_file(path: Path) -> Path:
+    """What says the model's shape; a config.json goes before Meta's params.json."""
+    config = path / "config.json"
+    return path / PARAMS if is_meta(path) and not config.exists() else config
 
 
 def _open_source(path: Path, config: ModelConfig, values: dict[str, Any]) -> Source:
     if is_prepared(path):
         return PreparedSource(path)
+    if is_meta(path):
+        return MetaSource(path, config)
     if not is_compressed(values) and is_mindformers(path):
         return MindFormersSource(path, config)
     if not is_compressed(values):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from parallel.checkpoint.json_file import read_json_object
+from parallel.checkpoint.open import read_config
 from parallel.checkpoint.regular_file import check_regular
 
 COPIED_FILES = (
@@ -21,12 +21,15 @@ COPIED_FILES = (
 def copy_files(
     source: Path, directory: Path, edit: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> None:
-    """Copy what there is of them, byte for byte but for what `edit` changes in config.json."""
+    """Copy what there is of them, byte for byte but for what `edit` changes in config.json.
+
+    A source whose model stands in another file (Meta's params.json) gets a config.json.
+    """
     for name in COPIED_FILES:
         if (source / name).exists():
             check_regular(source / name)
             shutil.copyfile(source / name, directory / name)
-    config = read_json_object(source / "config.json")
-    if (edited := edit(config)) != config:
+    config = read_config(source)
+    if (edited := edit(config)) != config or not (directory / "config.json").exists():
         text = json.dumps(edited, indent=2, ensure_ascii=False)
         (directory / "config.json").write_text(text + "\n", encoding="utf-8")

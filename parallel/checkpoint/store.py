@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from parallel.checkpoint.compressed_config import without_quantization
-from parallel.checkpoint.conversion import Conversion, ShardFile, num_bytes, rows_by_source
-from parallel.checkpoint.json_file import read_json_object
+from parallel.checkpoint.conversion import Conversion, ShardFile, read_bytes
 from parallel.checkpoint.layout import Layout
 from parallel.checkpoint.manifest import write_manifest
+from parallel.checkpoint.open import read_config
 from parallel.checkpoint.readers.prepared import FORMAT_VERSION
 from parallel.checkpoint.side_files import copy_files
 from parallel.checkpoint.source import Source
@@ -60,7 +60,7 @@ def write_prepared(
     """
     group = group or LoneGroup()
     ranks = tuple(range(size)) if ranks is None else tuple(ranks)
-    config = _own_config(read_json_object(source.path / "config.json"), overrides or {})
+    config = _own_config(read_config(source.path), overrides or {})
     unfinished = Unfinished(output, _arguments(layout, source, size, ranks, config))
     with _owned(group, unfinished):
         if group.rank == 0:
@@ -73,7 +73,7 @@ def write_prepared(
         journal = Journal(unfinished.directory, group.rank)
         try:
             Conversion(layout, source, size, shards, journal).run(
-                _share(layout, source, group), num_threads, on_bytes
+                _share(read_bytes(layout, source, size, ranks), group), num_threads, on_bytes
             )
         finally:
             journal.close()
@@ -86,9 +86,12 @@ def write_prepared(
     group.barrier()
 
 
-def source_bytes(layout: Layout, source: Source) -> int:
-    """Bytes of the source that a layout is made of."""
-    return sum(num_bytes(source, name) for name in rows_by_source(layout, source))
+def source_bytes(
+    layout: Layout, source: Source, size: int = 1, ranks: Sequence[int] | None = None
+) -> int:
+    """Bytes of the source that are read for a layout, or for the shards of some ranks of it."""
+    ranks = range(size) if ranks is None else ranks
+    return sum(read_bytes(layout, source, size, ranks).values())
 
 
 @contextmanager
@@ -116,14 +119,13 @@ def _open_shards(
     return [ShardFile(layout, rank, size, unfinished.whole) for rank in ranks]
 
 
-def _share(layout: Layout, source: Source, group: Group) -> list[str]:
+def _share(jobs: Mapping[str, int], group: Group) -> dict[str, int]:
     """The source tensors that this process converts: a stretch of the files, by bytes."""
-    total = max(1, source_bytes(layout, source))
-    before, mine = 0, []
-    for name in rows_by_source(layout, source):
+    total, before, mine = max(1, sum(jobs.values())), 0, {}
+    for name, size in jobs.items():
         if before * group.size // total == group.rank:
-            mine.append(name)
-        before += num_bytes(source, name)
+            mine[name] = size
+        before += size
     return mine
 
 

@@ -1,4 +1,7 @@
-"""A Hugging Face directory: one safetensors file, or several with an index."""
+"""A Hugging Face directory: one file of weights, or several with an index.
+
+safetensors are read where there are any, as transformers does, else pytorch_model.bin.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from parallel.checkpoint.json_file import read_json_object
 from parallel.checkpoint.readers.safetensors_file import SafetensorsFile
+from parallel.checkpoint.readers.torch_file import TorchFile
 from parallel.checkpoint.source import TensorInfo
 from parallel.errors import CheckpointError
 from parallel.placement import Index
@@ -16,6 +20,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 INDEX_NAME = "model.safetensors.index.json"
+BIN_NAME = "pytorch_model.bin"
+BIN_INDEX_NAME = "pytorch_model.bin.index.json"
+_SAFETENSORS = ".safetensors"
 
 
 class HuggingFaceSource:
@@ -30,7 +37,8 @@ class HuggingFaceSource:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._files = {name: SafetensorsFile(path / name) for name in self._file_names()}
+        self._index = self._find_index()
+        self._files = {name: open_file(path / name) for name in self._file_names()}
         self.tensors: Mapping[str, TensorInfo] = self._merge()
 
     def read(self, name: str, index: Index) -> Tensor:
@@ -49,19 +57,33 @@ class HuggingFaceSource:
     def identity(self) -> dict[str, Any]:
         return {"files": {name: file.identity() for name, file in sorted(self._files.items())}}
 
-    def _file_names(self) -> list[str]:
+    def _find_index(self) -> Path | None:
+        """That of safetensors; that of pickles only where no safetensors are."""
         if (self.path / INDEX_NAME).exists():
-            return sorted(set(read_index(self.path / INDEX_NAME).values()))
-        names = sorted(file.name for file in self.path.glob("*.safetensors"))
+            return self.path / INDEX_NAME
+        is_pickled = (self.path / BIN_INDEX_NAME).exists() and not self._safetensors()
+        return self.path / BIN_INDEX_NAME if is_pickled else None
+
+    def _file_names(self) -> list[str]:
+        if self._index is not None:
+            return sorted(set(read_index(self._index).values()))
+        names = self._safetensors()
+        if not names and (self.path / BIN_NAME).exists():
+            return [BIN_NAME]
         if len(names) != 1:
             raise CheckpointError(self._no_weights(names))
         return names
 
+    def _safetensors(self) -> list[str]:
+        return sorted(file.name for file in self.path.glob("*" + _SAFETENSORS))
+
     def _no_weights(self, names: list[str]) -> str:
         if names:
             return f"{self.path} has {len(names)} safetensors files but no {INDEX_NAME}; add it."
-        if any(self.path.glob("*.bin")) or any(self.path.glob("*.pth")):
-            return f"{self.path} holds pickled weights only; convert them to safetensors first."
+        if any(self.path.glob("*.bin")):
+            return f"{self.path} has *.bin files but no {BIN_INDEX_NAME} and no {BIN_NAME}; add it."
+        if any(self.path.glob("*.pth")):
+            return f"{self.path} has *.pth files but no params.json; add it to consolidated.*.pth."
         return f"{self.path} holds no *.safetensors file; download the weights into it."
 
     def _merge(self) -> dict[str, TensorInfo]:
@@ -78,14 +100,25 @@ class HuggingFaceSource:
         return merged
 
     def _check_index(self, merged: dict[str, TensorInfo]) -> None:
-        if not (self.path / INDEX_NAME).exists():
+        if self._index is None:
             return
-        for name, file in read_index(self.path / INDEX_NAME).items():
+        for name, file in read_index(self._index).items():
             if name not in merged or merged[name].file != file:
                 raise CheckpointError(
-                    f"{self.path / INDEX_NAME} says that {name} is in {file}, but it is not; "
+                    f"{self._index} says that {name} is in {file}, but it is not; "
                     "download the index and the shards of one revision."
                 )
+
+
+def has_weights(path: Path) -> bool:
+    """Whether a directory has files that HuggingFaceSource would read."""
+    named = any((path / name).exists() for name in (INDEX_NAME, BIN_NAME, BIN_INDEX_NAME))
+    return named or any(path.glob("*" + _SAFETENSORS))
+
+
+def open_file(path: Path) -> SafetensorsFile | TorchFile:
+    """The reader of a file, by the ending of its name."""
+    return SafetensorsFile(path) if path.suffix == _SAFETENSORS else TorchFile(path)
 
 
 def read_index(path: Path) -> dict[str, str]:
