@@ -518,6 +518,10 @@ def test_other_directories_are_not_taken_for_mindformers(tmp_path):
     assert not is_mindformers(own)
     write_ckpt(tiny / "training.ckpt", {"x": torch.ones(1)})
     assert not is_mindformers(tiny)
+    write_ckpt(own / "training.ckpt", {"x": torch.ones(1)})
+    assert is_mindformers(own)
+    (own / "pytorch_model.bin").touch()
+    assert not is_mindformers(own)
 
 
 BAD_LAYOUTS = {

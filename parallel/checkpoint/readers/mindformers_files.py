@@ -77,6 +77,8 @@ def is_mindformers(path: Path) -> bool:
     """
     if any(path.glob("*.safetensors")):
         return any(is_mindformers_name(name) for name in _safetensors_names(path))
+    if any(path.glob("pytorch_model*.bin")):
+        return False  # a .ckpt beside is some trainer's
     if _weight_names(path):
         return True
     # Other directories of ranks, such as our own, hold safetensors with other names.
