@@ -17,6 +17,7 @@ from launcher.progress import open_bar
 from launcher.ranks.rank import Rank
 from launcher.resolve import model_overrides
 from launcher.tasks.prepare_report import Report, write_report
+from parallel.calibration.allocator import return_freed_blocks
 from parallel.calibration.held_out import HeldOut, Perplexities
 from parallel.calibration.recipes import recipe_of
 from parallel.calibration.result import MODULES, LayerError
@@ -33,6 +34,7 @@ def run_rank(rank: Rank) -> None:
     Raises:
         RunError: the perplexity has grown by more than is allowed; nothing is written then.
     """
+    return_freed_blocks()
     job = rank.job
     output = Path(str(job.config.output))
     checkpoint = open_checkpoint(job.checkpoint, model_overrides(job.config))
@@ -74,6 +76,7 @@ def _walk(
     with _bar(rank, calibration.config.num_hidden_layers, "calibrating", unit="layer") as bar:
         for layer in calibrate(calibration, rank.group, state_dir=state_dir, held_out=held_out):
             errors.append(layer.error)
+            del layer  # or its integers would stand beside the next one's
             bar.update()
     if held_out is None:
         return errors, None
