@@ -121,10 +121,10 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {}
     for quant, seed in tqdm(runs, disable=not sys.stderr.isatty()):
         found.setdefault(quant, []).append(prepare_and_evaluate(quant, seed, words))
+        if given.json is not None:  # after each, as hours may have gone into them
+            kept = {"words": words, "seeds": seeds, "original": original, "quantized": found}
+            given.json.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     print_table(list(rows(original, found)))
-    if given.json is not None:
-        kept = {"words": words, "seeds": seeds, "original": original, "quantized": found}
-        given.json.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
