@@ -160,3 +160,11 @@ def test_dequantizing_into_a_place_gives_the_same_bits(group_size, columns, scal
     found = dequantize_into(place, values, scale, group_size)
     assert found is place
     assert torch.equal(found, dequantize(values, scale, torch.float32, group_size))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_float32_scale_is_the_correctly_rounded_quotient(bits):
+    """One ulp more would round every largest negative value of a group towards zero."""
+    amax = torch.rand(4096, 1, generator=torch.Generator().manual_seed(0)) + 0.01
+    expected = (2 * amax.double() / (2**bits - 1)).float()
+    assert torch.equal(weight_scale(amax, Grid(bits), torch.float32), expected)
