@@ -68,6 +68,20 @@ def dequantize(
     return (values_NK.float() * scale_NG.float()[:, columns_K // group_size]).to(dtype)
 
 
+def dequantize_into(
+    out_NK: Tensor, values_NK: Tensor, scale_NG: Tensor, group_size: int | None
+) -> Tensor:
+    """What `dequantize` gives, bit for bit, in memory that is there: float32 [N, K]."""
+    out_NK.copy_(values_NK)
+    if group_size is None:
+        return out_NK.mul_(scale_NG.float())
+    whole = out_NK.shape[1] // group_size
+    grouped_NGS = out_NK[:, : whole * group_size].unflatten(1, (whole, group_size))
+    grouped_NGS.mul_(scale_NG[:, :whole].float().unsqueeze(2))
+    out_NK[:, whole * group_size :].mul_(scale_NG[:, -1:].float())
+    return out_NK
+
+
 def pack_int4(values_NK: Tensor) -> Tensor:
     """Values within [-8, 7] as nibbles, uint8 [N, ceil(K / 2)].
 

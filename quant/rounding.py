@@ -120,7 +120,9 @@ def _group_width(grid: Grid, num_columns: int) -> int:
 
 
 def _scale(amax_NG: Tensor, grid: Grid, scale_dtype: torch.dtype) -> Tensor:
-    scale_NG = (amax_NG * (2.0 / grid.steps)).to(scale_dtype)
+    # Divided, not multiplied by a rounded 2 / steps: then -M stands halfway between two integers, as
+    # it does in compressed-tensors, and the largest values of all groups do not all shrink.
+    scale_NG = (amax_NG / (grid.steps / 2)).to(scale_dtype)
     limits = torch.finfo(scale_dtype)
     scale_NG = scale_NG.clamp(min=limits.smallest_normal * limits.eps)
     return torch.where(amax_NG == 0, torch.ones_like(scale_NG), scale_NG)

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -387,6 +388,20 @@ def test_anonymous_memory_is_a_layer_and_a_half(method):
     # layers' worth of floats would still be seen.
     slack = 2 * 6 * 4 * 256 * 2816
     assert peak < 1.5 * LAYER_BYTES + hessians + slack, (peak, LAYER_BYTES)
+
+
+def test_a_layer_is_let_go_before_the_next_is_done(model):
+    """Its integers are half a layer."""
+    gone: list[bool] = []
+    made: list[weakref.ref[CalibratedLayer]] = []
+    layers = calibrate(
+        calibration(model, Recipe(torch.float32, INT8)),
+        LoneGroup(),
+        on_layer=lambda _: gone.extend(layer() is None for layer in made),
+    )
+    made.append(weakref.ref(next(layers)))
+    next(layers)
+    assert gone == [True]
 
 
 def test_the_layers_of_a_lone_rank_are_all_there(model):

@@ -282,10 +282,6 @@ MALFORMED = {
                           "group_size must be the columns"),
     "channels with a size": (config_of({**GROUP, "weights": {**W8, "group_size": 64}}),
                              "group_size must be null beside strategy channel"),
-    "static activations": (
-        config_of({"targets": ["Linear"], "weights": W8,
-                   "input_activations": {**A8, "strategy": "tensor", "dynamic": False}},
-                  format="int-quantized"), "input_activations.strategy .*static"),
     "asymmetric activations": (
         config_of({"targets": ["Linear"], "weights": W8,
                    "input_activations": {**A8, "symmetric": False}}, format="int-quantized"),
@@ -373,7 +369,6 @@ DAMAGED = {
     "zero points": ("w4a16 g32", put(f"{Q}.weight_zero_point", torch.zeros(16, 4, dtype=torch.int32)),
                     "zero points of asymmetric"),
     "g_idx": ("w4a16 g32", put(f"{Q}.weight_g_idx", torch.zeros(128, dtype=torch.int32)), "g_idx"),
-    "static scales": ("w8a8", put(f"{Q}.input_scale", torch.ones(1)), "static scales"),
     "a norm of integers": (
         "w8a8", put("model.norm.weight", torch.ones(128, dtype=torch.int8)), "norm.weight is int8"),
     "a tensor too many": ("w8a8", put("model.foo", torch.ones(1)), "model.foo"),

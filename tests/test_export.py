@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from launcher.__main__ import main
 from launcher.resolve import DEMO
 from parallel.checkpoint.export import check_exportable, write_export
-from parallel.checkpoint.layout import StoredTensor
 from parallel.checkpoint.open import describe_layout, open_checkpoint
 from parallel.errors import CheckpointError
 from quant.scheme import QuantScheme
@@ -307,40 +306,3 @@ def test_int8_kv_cache_is_refused_by_name(source):
     cached = SimpleNamespace(kvcache_dtype="int8", kvcache_quant_granularity="per_token")
     with pytest.raises(CheckpointError, match="KV cache with a scale per_token"):
         check_exportable(replace(layout, scheme=cached))
-
-
-def test_static_activation_scales_are_exported_as_they_are_stored(source, tmp_path):
-    """What `prepare` does not make yet: a scale of the activations as a third part of a weight."""
-    prepared = prepare(source, tmp_path / "tp2", 2, make_scheme("w8a8"))
-    opened = open_checkpoint(prepared)
-    layout = opened.layout(QuantScheme())
-    schemes = {
-        name: replace(scheme, act_granularity="per_tensor")
-        for name, scheme in layout.schemes.items()
-    }
-
-    def with_scale(name: str, parts: tuple[StoredTensor, ...]) -> tuple[StoredTensor, ...]:
-        if name not in schemes:
-            return parts
-        scale_name = name.replace(".weight", ".input_scale")
-        return (*parts, StoredTensor(scale_name, parts[0].row, (1,), "bfloat16"))
-
-    parts = {name: with_scale(name, found) for name, found in layout.parts.items()}
-
-    class StaticSource:
-        path, tensors = prepared, opened.source.tensors
-
-        def read(self, name, index):
-            if name.endswith("input_scale"):
-                return torch.full((1,), 0.5, dtype=torch.bfloat16)
-            return opened.source.read(name, index)
-
-    static = replace(layout, schemes=schemes, parts=parts)
-    write_export(static, StaticSource(), tmp_path / "hf", max_shard_bytes=LIMIT)
-    tensors = read_all(tmp_path / "hf")
-    assert tensors["model.layers.1.mlp.up_proj.input_scale"].tolist() == [0.5]
-    config = json.loads((tmp_path / "hf/config.json").read_text())["quantization_config"]
-    activations = config["config_groups"]["group_0"]["input_activations"]
-    assert (activations["strategy"], activations["dynamic"]) == ("tensor", False)
-    with pytest.raises(CheckpointError, match="static"):
-        open_checkpoint(tmp_path / "hf")

@@ -28,7 +28,8 @@ from quant import attention
 from quant.elementwise import rms_norm
 from quant.kernels.native import NativeKernel
 from quant.kernels.native.calls import is_available
-from quant.numeric import Grid, quantize
+from quant.numeric import Grid
+from quant.rounding import quantize
 from quant.scheme import QuantScheme
 from tests.models import RTN, generate, load, run_ranks
 from tests.test_captured import programs, texts

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quant.linear import linear
-from quant.numeric import Grid, dequantize
+from quant.numeric import Grid, dequantize, dequantize_into
 from quant.rounding import quantize, weight_scale
 from quant.scheme import QuantError, QuantScheme
 from quant.weight import QuantizedWeight
@@ -148,3 +148,24 @@ def test_what_cannot_be_run_is_refused_and_never_dropped(fields):
 def test_scheme_survives_its_dictionary():
     scheme = QuantScheme(quant_method="rtn", weight_dtype="int8", modules_to_not_convert=())
     assert QuantScheme.from_dict(scheme.to_dict()) == scheme
+
+
+@pytest.mark.parametrize("group_size", [None, 32, 64, 128])
+@pytest.mark.parametrize("columns", [32, 100, 128, 320])
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
+def test_dequantizing_into_a_place_gives_the_same_bits(group_size, columns, scale_dtype):
+    """Also where the last group is short."""
+    weight = torch.randn(5, columns, generator=torch.Generator().manual_seed(columns))
+    values, scale = quantize(weight, Grid(8, group_size), scale_dtype)
+    place = torch.full((5, columns), torch.nan)
+    found = dequantize_into(place, values, scale, group_size)
+    assert found is place
+    assert torch.equal(found, dequantize(values, scale, torch.float32, group_size))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_float32_scale_is_the_correctly_rounded_quotient(bits):
+    """One ulp more would round every largest negative value of a group towards zero."""
+    amax = torch.rand(4096, 1, generator=torch.Generator().manual_seed(0)) + 0.01
+    expected = (2 * amax.double() / (2**bits - 1)).float()
+    assert torch.equal(weight_scale(amax, Grid(bits), torch.float32), expected)

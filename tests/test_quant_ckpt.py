@@ -16,7 +16,8 @@ from launcher.config import compose
 from launcher.failures import USER_ERRORS
 from launcher.schema import QuantSection
 from quant.errors import QuantError
-from scripts.quant_ckpt import FLAGS, words
+from scripts.golden_stick.flags import FLAGS
+from scripts.quant_ckpt import words
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "quant_ckpt.py"
 DEMO = Path(__file__).parent.parent / "launcher" / "demo"

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from launcher.failures import RunError
 from launcher.progress import open_bar
 from launcher.ranks.rank import Rank
+from parallel.calibration.allocator import return_freed_blocks
 from parallel.calibration.held_out import HeldOut, Perplexities
 from parallel.calibration.recipes import recipe_of
 from parallel.calibration.result import MODULES, LayerError
@@ -48,6 +49,7 @@ def calibrate_rank(rank: Rank, checkpoint: Checkpoint, layout: Layout, output: P
     Raises:
         RunError: on rank 0: the perplexity has grown by more than is allowed.
     """
+    return_freed_blocks()
     state_dir = output.with_name(f".{output.name}.calibration")
     started = time.perf_counter()
     calibration = _calibration(rank, checkpoint, layout)
@@ -81,6 +83,7 @@ def _walk(
     with _bar(rank, calibration.config.num_hidden_layers, "calibrating", unit="layer") as bar:
         for layer in calibrate(calibration, rank.group, state_dir=state_dir, held_out=held_out):
             errors.append(layer.error)
+            del layer  # or its integers would stand beside the next one's
             bar.update()
     if held_out is None:
         return errors, None

@@ -132,6 +132,7 @@ def calibrate(
             streams = held_out.to_tensors(count) if held_out else {}
             state.save(index, done.to_tensors(), hidden | streams)
         yield done
+        del done  # or its integers would stand beside the next one's
 
 
 def _embed(calibration: Calibration, rounds: Sequence[range]) -> dict[int, Tensor]:

@@ -85,6 +85,7 @@ def _fields(kind: LinearScheme) -> dict[str, Any]:
         "weight_quant_granularity": "per_channel" if kind.group_size is None else "per_group",
         "group_size": kind.group_size,
         "activation_dtype": kind.activation_dtype,
+        "act_quant_granularity": kind.act_granularity,
     }
 
 
@@ -94,8 +95,6 @@ def _read_group(group: Any, format_of_all: str, place: Place) -> _Group:
     values = take(group, GROUP, place)
     weights = take(values["weights"], WEIGHTS, place / "weights")
     activations = values["input_activations"]
-    if activations is not None:
-        take(activations, ACTIVATIONS, place / "input_activations")
     own_format = values["format"] or format_of_all
     if own_format not in (PACKED, INTEGERS):
         raise (place / "format").refuse(f"must be said where that of all is {MIXED}", None)
@@ -104,9 +103,24 @@ def _read_group(group: Any, format_of_all: str, place: Place) -> _Group:
     scheme = LinearScheme(
         f"int{weights['num_bits']}",
         _group_size(weights, place / "weights"),
-        None if activations is None else "int8",
+        **_activations(activations, weights["num_bits"], place / "input_activations"),
     )
     return _Group(tuple(values["targets"]), CompressedLinear(scheme, own_format), place)
+
+
+def _activations(values: Any, weight_bits: int, place: Place) -> dict[str, str]:
+    """The fields of a LinearScheme: each row's own scale, or one that calibration gave."""
+    if values is None:
+        return {}
+    said = take(values, ACTIVATIONS, place)
+    is_static = said["strategy"] == "tensor"
+    if said["dynamic"] is is_static:
+        word = "false" if is_static else "true"
+        raise (place / "dynamic").refuse(f"must be {word} beside its strategy", said["dynamic"])
+    if is_static and weight_bits == 4:
+        raise (place / "strategy").refuse("must be token beside weights of 4 bits", "tensor")
+    granularity = "per_tensor" if is_static else "per_token"
+    return {"activation_dtype": "int8", "act_granularity": granularity}
 
 
 def _group_size(weights: Mapping[str, Any], place: Place) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from parallel.checkpoint.compressed_config import (
     without_quantization,
 )
 from parallel.checkpoint.compressed_groups import read_quantization, to_scheme
+from parallel.checkpoint.compressed_parts import part_names
 from parallel.checkpoint.config_values import config_file, read_config_values
 from parallel.checkpoint.json_file import read_json_object
 from parallel.checkpoint.layout import (
@@ -23,7 +24,7 @@ from parallel.checkpoint.layout import (
     check_source,
     make_layout,
 )
-from parallel.checkpoint.readers.compressed import CompressedSource, part_names
+from parallel.checkpoint.readers.compressed import CompressedSource
 from parallel.checkpoint.readers.golden_stick import (
     GoldenStickSource,
     check_unquantized,
@@ -171,8 +172,8 @@ def describe_layout(
     layout = make_layout(config, scheme, vocab_emb_dp=vocab_emb_dp)
     for name in (INDEX_NAME, BIN_INDEX_NAME):
         if (path / name).exists():
-            expected = _file_names(layout, linears)
-            check_names(expected, by_hf_names(read_index(path / name)), str(path / name))
+            present = set(by_hf_names(read_index(path / name)))
+            check_names(_file_names(layout, linears, present), present, str(path / name))
             break
     return layout
 
@@ -207,12 +208,14 @@ def _compressed_linears(
     return read_quantization(values, linear_modules(config), str(path / "config.json"))
 
 
-def _file_names(layout: Layout, linears: Mapping[str, CompressedLinear | None]) -> set[str]:
+def _file_names(
+    layout: Layout, linears: Mapping[str, CompressedLinear | None], present: Container[str]
+) -> set[str]:
     """What an index must list."""
     names: set[str] = set()
     for row in layout.table.values():
         linear = linears.get(row.module) if row.is_linear else None
-        names |= set(part_names(row.name, linear)) if linear else {row.twin or row.name}
+        names |= set(part_names(row.name, linear, present)) if linear else {row.twin or row.name}
     return names
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quant.activations import LEVELS_INT8, quantize_rows
 from quant.linear import linear
-from quant.numeric import Grid, dequantize
+from quant.numeric import Grid, dequantize, dequantize_into
 
 # The inputs of a decoder layer's products, in the order of a step, and the products of each.
 INPUTS: Mapping[str, tuple[str, ...]] = {
@@ -39,9 +39,12 @@ class Rounded:
     scale_NG: Tensor
     group_size: int | None = None
 
-    def rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """The weight that the integers stand for, [R, K]."""
-        return dequantize(self.values_NK[rows], self.scale_NG[rows], dtype, self.group_size)
+    def rows(self, rows: slice, dtype: torch.dtype, out_RK: Tensor | None = None) -> Tensor:
+        """The weight that the integers stand for, [R, K]; in `out_RK`, float32, where there is one."""
+        values_RK, scale_RG = self.values_NK[rows], self.scale_NG[rows]
+        if out_RK is None:
+            return dequantize(values_RK, scale_RG, dtype, self.group_size)
+        return dequantize_into(out_RK, values_RK, scale_RG, self.group_size)
 
 
 @dataclass(frozen=True)
@@ -101,9 +104,7 @@ class Product:
         x_MK = self._rounded_input(x_MK)
         if isinstance(self.weight, Tensor):
             return self._multiply_floats(x_MK, self.weight)
-        # A few rows at a time: the floats that the integers stand for are never there as a whole.
-        parts = [linear(x_MK, self.weight.rows(r, x_MK.dtype)) for r in blocks(self.shape[0])]
-        return _add(torch.cat(parts, dim=1), self.bias_N)
+        return _add(_multiply_rounded(x_MK, self.weight), self.bias_N)
 
     def _multiply_floats(self, x_MK: Tensor, weight_NK: Tensor) -> Tensor:
         if self.columns_K is not None:
@@ -185,10 +186,25 @@ def blocks(num_rows: int) -> list[slice]:
 
 
 def _multiply(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
-    """x @ weight.T; a weight of another dtype is converted a few rows at a time."""
+    """x @ weight.T; a weight of another dtype is converted a few rows at a time, in one place."""
     if weight_NK.dtype == x_MK.dtype:
         return linear(x_MK, weight_NK)
-    parts = [linear(x_MK, weight_NK[rows].to(x_MK.dtype)) for rows in blocks(len(weight_NK))]
+    place_RK = torch.empty(min(BLOCK_ROWS, len(weight_NK)), weight_NK.shape[1], dtype=x_MK.dtype)
+    parts = []
+    for rows in blocks(len(weight_NK)):
+        floats_RK = place_RK[: rows.stop - rows.start].copy_(weight_NK[rows])
+        parts.append(linear(x_MK, floats_RK))
+    return torch.cat(parts, dim=1)
+
+
+def _multiply_rounded(x_MK: Tensor, weight: Rounded) -> Tensor:
+    """x @ weight.T; a few rows at a time, in one place: all its floats are never there at once."""
+    num_rows, num_columns = weight.values_NK.shape
+    place_RK = torch.empty(min(BLOCK_ROWS, num_rows), num_columns)
+    parts = []
+    for rows in blocks(num_rows):
+        floats_RK = weight.rows(rows, torch.float32, place_RK[: rows.stop - rows.start])
+        parts.append(linear(x_MK, floats_RK.to(x_MK.dtype)))
     return torch.cat(parts, dim=1)
 
 

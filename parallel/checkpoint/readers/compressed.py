@@ -6,33 +6,30 @@ only. Names, dtypes and shapes are checked against config.json when the director
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parallel.checkpoint.compressed_config import PACKED, CompressedLinear
 from parallel.checkpoint.compressed_groups import to_scheme
-from parallel.checkpoint.layout import SCALE_SUFFIX, STORED_DTYPES
+from parallel.checkpoint.compressed_parts import (
+    UNREAD,
+    ZERO_POINT,
+    input_scale_of,
+    module_of,
+    part_names,
+    parts_of,
+)
+from parallel.checkpoint.layout import INPUT_SCALE, SCALE_SUFFIX, STORED_DTYPES
 from parallel.checkpoint.readers.huggingface import HuggingFaceSource
-from parallel.checkpoint.source import FLOAT_DTYPES, TensorInfo
+from parallel.checkpoint.source import TensorInfo
 from parallel.errors import CheckpointError
 from parallel.placement import Index, Shape
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Parts of a linear that stand for what is not read, and what that is.
-_UNREAD = {
-    ".weight_zero_point": "zero points of asymmetric weights",
-    ".weight_g_idx": "columns in another order (g_idx)",
-    ".weight_global_scale": "scales of 4-bit floats",
-    ".input_scale": "static scales of activations",
-    ".input_zero_point": "static zero points of activations",
-    ".k_scale": "scales of a KV cache",
-    ".v_scale": "scales of a KV cache",
-    ".bitmask": "sparse weights",
-    ".compressed": "sparse weights",
-}
+_REMEDY = "give the unquantized checkpoint and quantize it with quant=rtn_a16w8."
 
 
 class CompressedSource:
@@ -67,15 +64,18 @@ class CompressedSource:
         stored: dict[str, TensorInfo] = {}
         for name, linear in self._held.items():
             self._check_parts(name, linear)
-            parts |= set(part_names(name, linear))
+            parts |= set(part_names(name, linear, self._files.tensors))
             stored |= self._stored(name, linear)
         self._check_shapes()
+        self._check_zero_points()
         self.quantized = frozenset(stored)
         plain = {name: info for name, info in self._files.tensors.items() if name not in parts}
         self.tensors: Mapping[str, TensorInfo] = {**plain, **stored}
 
     def read(self, name: str, index: Index) -> Tensor:
         """A slice of what `tensors` says, in its dtype."""
+        if name in self.quantized and name.endswith(INPUT_SCALE):
+            return self._read_input_scale(name)
         linear = self._held.get(name)
         if linear is None or (linear.format != PACKED and linear.scheme.bits == 8):
             return self._files.read(name, index)
@@ -86,12 +86,16 @@ class CompressedSource:
     def identity(self) -> dict[str, Any]:
         return self._files.identity()
 
+    def _read_input_scale(self, name: str) -> Tensor:
+        whole = tuple(slice(0, length) for length in self._files.tensors[name].shape)
+        return self._files.read(name, whole).float().view(1)
+
     def _read_words(self, name: str, linear: CompressedLinear, index: Index) -> Tensor:
         from parallel.checkpoint.compressed_words import from_words, words_of
 
         rows, columns = index
         words = self._files.read(f"{name}_packed", (rows, words_of(columns.start, columns.stop)))
-        num_columns = self._shapes[_module(name)][1]
+        num_columns = self._shapes[module_of(name)][1]
         return from_words(words, columns.start, columns.stop, linear.scheme.bits, num_columns)
 
     def _read_small_integers(self, name: str, index: Index) -> Tensor:
@@ -99,7 +103,7 @@ class CompressedSource:
         from quant.numeric import pack_int4
 
         rows, columns = index
-        last = min(2 * columns.stop, self._shapes[_module(name)][1])
+        last = min(2 * columns.stop, self._shapes[module_of(name)][1])
         values = self._files.read(name, (rows, slice(2 * columns.start, last)))
         if values.numel() and not -8 <= int(values.min()) <= int(values.max()) <= 7:
             raise CheckpointError(
@@ -109,32 +113,37 @@ class CompressedSource:
         return pack_int4(values)
 
     def _stored(self, name: str, linear: CompressedLinear) -> dict[str, TensorInfo]:
-        rows, columns = self._shapes[_module(name)]
+        rows, columns = self._shapes[module_of(name)]
         num_bytes = -(-columns // linear.scheme.values_per_byte)
-        file = self._files.tensors[part_names(name, linear)[0]].file
+        held = self._files.tensors
+        file = held[part_names(name, linear, held)[0]].file
         values = TensorInfo((rows, num_bytes), STORED_DTYPES[linear.scheme.weight_dtype], file)
-        return {name: values, name + SCALE_SUFFIX: self._files.tensors[name + SCALE_SUFFIX]}
+        stored = {name: values, name + SCALE_SUFFIX: held[name + SCALE_SUFFIX]}
+        if linear.scheme.is_static:
+            scale = input_scale_of(name)
+            stored[scale] = TensorInfo((1,), "float32", held[scale].file)
+        return stored
 
     def _check_unread(self) -> None:
         for name in self._files.tensors:
-            for suffix, what in _UNREAD.items():
+            for suffix, what in UNREAD.items():
                 if name.endswith(suffix):
                     raise CheckpointError(
-                        f"{self.path}: {name} holds {what}, which are not read; give the "
-                        "unquantized checkpoint and quantize it with quant=rtn_a16w8."
+                        f"{self.path}: {name} holds {what}, which are not read; {_REMEDY}"
                     )
 
     def _check_parts(self, name: str, linear: CompressedLinear) -> None:
-        for part, dtypes, shape in _parts(name, linear, self._shapes[_module(name)]):
-            info = self._files.tensors.get(part)
+        held = self._files.tensors
+        for part, dtypes, shapes in parts_of(name, linear, self._shapes[module_of(name)], held):
+            info = held.get(part)
             if info is None:
                 raise CheckpointError(
                     f"{self.path} lacks {part}, which config.json makes a part of it "
                     f"({linear.format}); download the checkpoint again, or use its own config.json."
                 )
-            if info.dtype not in dtypes or info.shape != shape:
+            if info.dtype not in dtypes or info.shape not in shapes:
                 raise CheckpointError(
-                    f"{self.path}: {part} must be {' or '.join(dtypes)} {list(shape)} by "
+                    f"{self.path}: {part} must be {' or '.join(dtypes)} {list(shapes[0])} by "
                     f"config.json, but is {info.dtype} {list(info.shape)}; use the config.json of "
                     "this checkpoint."
                 )
@@ -144,34 +153,24 @@ class CompressedSource:
         packed = [name for name, linear in self._held.items() if linear.format == PACKED]
         said = self._files.numbers(f"{name}_shape" for name in packed)
         for name in packed:
-            found, wanted = said[f"{name}_shape"], list(self._shapes[_module(name)])
+            found, wanted = said[f"{name}_shape"], list(self._shapes[module_of(name)])
             if found != wanted:
                 raise CheckpointError(
                     f"{self.path}: {name}_shape must be {wanted} by config.json, but is {found}; use "
                     "the config.json of this checkpoint."
                 )
 
-
-def part_names(name: str, linear: CompressedLinear) -> tuple[str, ...]:
-    """The tensors that stand for a weight in the files, its values first."""
-    if linear.format == PACKED:
-        return f"{name}_packed", name + SCALE_SUFFIX, f"{name}_shape"
-    return name, name + SCALE_SUFFIX
-
-
-def _parts(
-    name: str, linear: CompressedLinear, shape: Shape
-) -> Iterator[tuple[str, tuple[str, ...], Shape]]:
-    """Each part with the dtypes it may have and its shape."""
-    rows, columns = shape
-    num_groups = -(-columns // (linear.scheme.group_size or columns))
-    yield name + SCALE_SUFFIX, FLOAT_DTYPES, (rows, num_groups)
-    if linear.format == PACKED:
-        yield f"{name}_packed", ("int32",), (rows, -(-columns * linear.scheme.bits // 32))
-        yield f"{name}_shape", ("int64", "int32"), (2,)
-    else:
-        yield name, ("int8",), shape
-
-
-def _module(name: str) -> str:
-    return name.rpartition(".")[0]
+    def _check_zero_points(self) -> None:
+        """Early releases wrote those of symmetric activations too."""
+        names = [
+            part
+            for name, linear in self._held.items()
+            for part in part_names(name, linear, self._files.tensors)
+            if part.endswith(ZERO_POINT)
+        ]
+        for name, value in self._files.numbers(names).items():
+            if value not in (0, [0]):
+                raise CheckpointError(
+                    f"{self.path}: {name} must be 0, as activations of symmetric integers have no "
+                    f"other, but is {value}; {_REMEDY}"
+                )
