@@ -22,6 +22,7 @@ from launcher.schema import Config, GenerationSection, QuantSection
 from launcher.text import open_tokenizer
 from parallel.checkpoint.layout import Layout, check_calibrated
 from parallel.checkpoint.open import Checkpoint, open_checkpoint, open_random, read_config
+from parallel.checkpoint.readers.mindformers import MindFormersSource
 from parallel.checkpoint.readers.mindformers_files import weights_directory
 from parallel.checkpoint.readers.prepared import PreparedSource
 from quant.scheme import QuantScheme
@@ -122,7 +123,9 @@ def open_job(config: Config) -> Checkpoint:
 
 def check_has_sums(config: Config, checkpoint: Checkpoint) -> None:
     """Raises ConfigError where sums are asked for and there are none."""
-    if config.verify_checksums and checkpoint.prepared_size is None:
+    # MindSpore's own are looked for in the files, once prepare is about to read them.
+    may_have = isinstance(checkpoint.source, MindFormersSource) and config.task.name == "prepare"
+    if config.verify_checksums and checkpoint.prepared_size is None and not may_have:
         raise ConfigError(
             f"`verify_checksums` has no effect on {checkpoint.path}, which has no manifest with sums; "
             "leave it out, or give a prepared checkpoint."

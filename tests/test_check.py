@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from launcher.__main__ import main
 from launcher.tasks import checksums, rank_task
@@ -21,6 +22,7 @@ from parallel.checkpoint.sums import check_shards, list_pieces, wrong_pieces
 from parallel.errors import CheckpointError
 from quant.scheme import QuantScheme
 from tests.checkpoints import write_checkpoint
+from tests.mindspore_checkpoints import to_mindformers, write_ckpt
 from tests.models import RTN, generate
 from tests.test_prepared import prepare
 
@@ -265,3 +267,46 @@ def test_a_rank_looks_at_its_shard_before_its_task(monkeypatch, asked, steps):
     config = SimpleNamespace(verify_checksums=asked)
     rank_task("generate")(SimpleNamespace(job=SimpleNamespace(config=config)))
     assert done == steps
+
+
+@pytest.fixture
+def mindspore(whole, tmp_path) -> Path:
+    """The same model in one .ckpt with MindSpore's own checksum."""
+    source = open_checkpoint(whole.parent / "source").path
+    folder = tmp_path / "mindspore"
+    folder.mkdir()
+    for file in source.glob("*.json"):
+        shutil.copy(file, folder)
+    shutil.copy(source / "tokenizer.model", folder)
+    weights = load_file(source / "model.safetensors")
+    write_ckpt(folder / "model.ckpt", to_mindformers(weights), crc=True)
+    return folder
+
+
+def test_checksum_of_a_mindspore_file_is_verified(capsys, mindspore, tmp_path):
+    status, out, _ = check(capsys, mindspore)
+    assert status == 0
+    assert "the checksum of every file is right" in out
+    flip(mindspore / "model.ckpt", 70_000)
+    status, _, err = check(capsys, mindspore)
+    assert status == 1
+    assert "must have the checksum" in err
+    words = [
+        "prepare",
+        f"checkpoint={mindspore}",
+        f"output={tmp_path}/out",
+        "verify_checksums=true",
+    ]
+    assert main(words) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mindspore_file_without_checksum_is_said_to_have_none(capsys, mindspore, tmp_path):
+    data = (mindspore / "model.ckpt").read_bytes()
+    (mindspore / "model.ckpt").write_bytes(data[:-17])
+    status, out, _ = check(capsys, mindspore)
+    assert status == 0
+    assert "it has no sums" in out
+    words = ["prepare", f"checkpoint={mindspore}", f"output={tmp_path}/out"]
+    assert main([*words, "verify_checksums=true"]) == 2
+    assert "has no checksum in model.ckpt" in capsys.readouterr().err

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from parallel.checkpoint import conversion
+from parallel.checkpoint import conversion, disk
 from parallel.checkpoint.open import open_checkpoint
+from parallel.checkpoint.plan_disk import prepared_bytes
 from parallel.checkpoint.readers.prepared import PreparedSource
 from parallel.checkpoint.store import write_prepared
 from parallel.checkpoint.unfinished import Unfinished
@@ -170,6 +171,21 @@ def test_the_second_of_two_prepares_is_refused(source, tmp_path):
             prepare(source, tmp_path / "out", 2)
         (tmp_path / ".out.partial/whole/file").touch()
     assert (tmp_path / "out/file").exists()
+
+
+def test_a_full_disk_is_foreseen_and_what_is_done_counts(source, tmp_path, monkeypatch, cut_after):
+    with monkeypatch.context():
+        cut_after(30)
+        prepare_cut_off(source, tmp_path / "out")
+        monkeypatch.undo()
+    layout = open_checkpoint(source).layout(RTN)
+    needed = prepared_bytes(layout, 2, source=source)
+    monkeypatch.setattr(disk, "free_bytes", lambda _: needed - 1)
+    with pytest.raises(CheckpointError, match="GB free"):
+        prepare(source, tmp_path / "new", 2)
+    assert not partial(tmp_path / "new").exists()
+    # The shards that are begun have their room already.
+    prepare(source, tmp_path / "out", 2)
 
 
 def test_a_directory_of_somebody_else_is_left_alone(source, tmp_path):

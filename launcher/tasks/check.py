@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -18,9 +19,12 @@ from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import ConfigError, RunError
 from launcher.schema import Config
 from parallel.checkpoint.open import open_checkpoint
+from parallel.checkpoint.readers.mindformers import MindFormersSource
 from parallel.checkpoint.readers.prepared import MANIFEST, SHARD_FILE, PreparedSource
 from parallel.checkpoint.side_files import COPIED_FILES
+from parallel.checkpoint.source import Source
 from parallel.checkpoint.sums import Piece, list_pieces, wrong_pieces
+from parallel.errors import CheckpointError
 from quant.scheme import QuantScheme
 
 _MOST_NAMED = 5
@@ -37,14 +41,29 @@ def run(config: Config, _environment: WorkerEnvironment) -> None:
     path = _directory(config)
     checkpoint = open_checkpoint(path)
     checkpoint.layout(QuantScheme())
-    if not isinstance(checkpoint.source, PreparedSource):
-        print(
-            f"{path}: {len(checkpoint.source.tensors):,} tensors have the names, shapes and dtypes of "
-            "its config.json, and files of the right size; it has no sums, so changed values cannot "
-            "be seen (prepare takes sums of what it reads)"
-        )
+    if isinstance(checkpoint.source, PreparedSource):
+        _check_prepared(checkpoint.source)
         return
-    _check_prepared(checkpoint.source)
+    print(
+        f"{path}: {len(checkpoint.source.tensors):,} tensors have the names, shapes and dtypes of "
+        f"its config, and files of the right size; {_found_sums(checkpoint.source)}"
+    )
+
+
+def _found_sums(source: Source) -> str:
+    """What is known of the values of a source that prepare did not write."""
+    unsummed: tuple[str, ...] = ()
+    if isinstance(source, MindFormersSource):
+        try:
+            with _bar(None) as bar:
+                unsummed = source.check_sums(bar.update)
+        except CheckpointError as error:
+            raise RunError(f"{source.path} is damaged: {error}") from error
+        if not unsummed:
+            return "the checksum of every file is right"
+        if len(unsummed) < len(source.files):
+            return f"the checksums are right, but {', '.join(unsummed)} has none"
+    return "it has no sums, so changed values cannot be seen (prepare takes sums of what it reads)"
 
 
 def _directory(config: Config) -> Path:
@@ -75,11 +94,15 @@ def _check_prepared(source: PreparedSource) -> None:
 
 def _wrong(pieces: Sequence[Piece], num_bytes: int) -> list[Piece]:
     """All cores hash; nothing else is to be done meanwhile."""
-    is_quiet = not sys.stderr.isatty()
-    with tqdm(
-        total=num_bytes, unit="B", unit_scale=True, desc="check", disable=is_quiet, leave=False
-    ) as bar:
+    with _bar(num_bytes) as bar:
         return wrong_pieces(pieces, len(os.sched_getaffinity(0)), bar.update)
+
+
+def _bar(num_bytes: int | None) -> tqdm[Any]:
+    is_quiet = not sys.stderr.isatty()
+    return tqdm(
+        total=num_bytes, unit="B", unit_scale=True, desc="check", disable=is_quiet, leave=False
+    )
 
 
 def _faults(wrong: Sequence[Piece]) -> list[str]:

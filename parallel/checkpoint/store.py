@@ -22,6 +22,7 @@ from parallel.checkpoint.conversion import Conversion, ShardFile, read_bytes
 from parallel.checkpoint.layout import Layout
 from parallel.checkpoint.manifest import write_manifest
 from parallel.checkpoint.open import read_config
+from parallel.checkpoint.plan_disk import prepared_bytes
 from parallel.checkpoint.readers.prepared import FORMAT_VERSION
 from parallel.checkpoint.side_files import copy_files
 from parallel.checkpoint.source import Source
@@ -62,6 +63,8 @@ def write_prepared(
     ranks = tuple(range(size)) if ranks is None else tuple(ranks)
     config = _own_config(read_config(source.path), overrides or {})
     unfinished = Unfinished(output, _arguments(layout, source, size, ranks, config))
+    if group.rank == 0:
+        unfinished.check_room(prepared_bytes(layout, size, ranks=ranks, source=source.path))
     with _owned(group, unfinished):
         if group.rank == 0:
             copy_files(source.path, unfinished.whole, lambda _: config)

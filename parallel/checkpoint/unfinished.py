@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from parallel.checkpoint.disk import check_disk
 from parallel.checkpoint.json_file import read_json_object
 from parallel.checkpoint.whole_directory import (
     check_absent,
@@ -33,6 +34,7 @@ from parallel.errors import CheckpointError
 
 _ARGUMENTS = "arguments.json"
 _LONGEST_VALUE = 60
+_BLOCK_BYTES = 512  # of stat
 
 
 class Unfinished:
@@ -79,6 +81,11 @@ class Unfinished:
                 shutil.rmtree(self.directory)
         finally:
             os.close(lock)
+
+    def check_room(self, num_bytes: int) -> None:
+        """Raise CheckpointError unless the disk has room for what of `num_bytes` is not there yet."""
+        there = sum(file.stat().st_blocks * _BLOCK_BYTES for file in self.whole.glob("rank_*/*"))
+        check_disk(self.output, num_bytes - there)
 
     def read_records(self) -> dict[str, Any]:
         """What all processes have noted, by source tensor."""
