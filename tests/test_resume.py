@@ -165,6 +165,19 @@ def test_a_source_that_changed_is_refused(source, tmp_path, monkeypatch, cut_aft
         prepare(own, tmp_path / "out", 2)
 
 
+def test_a_shard_of_a_prepared_source_that_changed_is_refused(
+    source, tmp_path, monkeypatch, cut_after
+):
+    own = prepare(source, tmp_path / "source", 4)
+    with monkeypatch.context():
+        cut_after(9)
+        prepare_cut_off(own, tmp_path / "out", scheme=QuantScheme())
+        monkeypatch.undo()
+    os.utime(own / "rank_3/model.safetensors")
+    with pytest.raises(CheckpointError, match="another checkpoint"):
+        prepare(own, tmp_path / "out", 2, QuantScheme())
+
+
 def test_the_second_of_two_prepares_is_refused(source, tmp_path):
     with Unfinished(tmp_path / "out", {}).begun():
         with pytest.raises(CheckpointError, match="written by another prepare"):

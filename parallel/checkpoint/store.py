@@ -22,7 +22,7 @@ from parallel.checkpoint.conversion import Conversion, ShardFile, read_bytes
 from parallel.checkpoint.layout import Layout
 from parallel.checkpoint.manifest import write_manifest
 from parallel.checkpoint.open import read_config
-from parallel.checkpoint.plan_disk import prepared_bytes
+from parallel.checkpoint.plan_disk import prepared_bytes, weight_files
 from parallel.checkpoint.readers.prepared import FORMAT_VERSION
 from parallel.checkpoint.side_files import copy_files
 from parallel.checkpoint.source import Source
@@ -154,5 +154,5 @@ def _arguments(
 
 def _times(source: Source) -> dict[str, int]:
     """When each of its files was written last: equal headers may stand before other data."""
-    paths = {info.file: source.path / info.file for info in source.tensors.values()}
-    return {name: path.stat().st_mtime_ns for name, path in paths.items() if path.exists()}
+    files = weight_files(source.path)
+    return {str(file.relative_to(source.path)): file.stat().st_mtime_ns for file in files}
