@@ -223,7 +223,7 @@ DAMAGED = [
          written("p.jsonl", '{"prompt": "a", "max_new_tokens": 5}')),
     case("YAML that would run a command", ("config=@/c.yaml",), ("c.yaml", "python"),
          written("c.yaml", "device: !!python/object/apply:os.system ['touch ran']")),
-    case("YAML that unfolds without end", ("config=@/c.yaml",), ("c.yaml", "100000"),
+    case("YAML that unfolds without end", ("config=@/c.yaml",), ("c.yaml", "100,000"),
          written("c.yaml", "prompts:\n- &a [x,x,x,x,x,x,x,x,x]\n"
                  + "".join(f"- &{b} [{','.join(['*' + a] * 9)}]\n"
                            for a, b in zip("abcdefgh", "bcdefghi", strict=True)))),
