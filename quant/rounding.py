@@ -15,7 +15,7 @@ from quant.numeric import Grid
 
 # Rows are worked on a block at a time, which stays in cache between the passes: a float32 copy of a
 # 70B's weight (0.9 GB) never is.
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 32 << 20
 
 
 def weight_scale(weight_NK: Tensor, grid: Grid, scale_dtype: torch.dtype) -> Tensor:

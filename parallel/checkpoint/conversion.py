@@ -27,7 +27,7 @@ from parallel.model.placements import Row
 from parallel.placement import Index, index_shape
 
 # Of the source, at a time: large enough for the disk, small enough for the caches.
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 16 << 20
 _FLUSH_EVERY_S = 0.2
 # A run of rows, [start, stop).
 Run = tuple[int, int]
