@@ -42,7 +42,7 @@ class TensorFile(Protocol):
         ...
 
     def prefetch(self, name: str, index: Index) -> None:
-        """Ask the kernel to begin reading a slice; returns at once."""
+        """Ask the kernel to begin reading a slice, all of it at once, as `read` does first."""
         ...
 
     def identity(self) -> dict[str, Any]:

@@ -59,9 +59,6 @@ class MindFormersSource:
         """
         return self._pieced[name].read(index)
 
-    def prefetch(self, name: str, index: Index) -> None:
-        self._pieced[name].prefetch(index)
-
     def identity(self) -> dict[str, Any]:
         """All files, and how a strategy file places what is in them."""
         files = {name: file.identity() for name, file in sorted(self.files.items())}

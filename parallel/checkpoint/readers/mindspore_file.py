@@ -69,6 +69,7 @@ class MindSporeFile:
         shape = index_shape(index)
         if 0 in shape:
             return torch.empty(shape, dtype=dtype)
+        self.prefetch(name, index)
         return self._read_bytes(stored, byte_index(stored, index)).view(dtype).reshape(shape)
 
     def prefetch(self, name: str, index: Index) -> None:

@@ -48,9 +48,6 @@ class Piece:
             self._compare(copy, found, index)
         return found
 
-    def prefetch(self, index: Index) -> None:
-        self.file.prefetch(self.name, self._stored(index))
-
     def _stored(self, index: Index) -> Index:
         """A slice of the global tensor, counted from the beginning of the file's."""
         moves = [start - cut.start for start, cut in zip(self.origin, self.place, strict=True)]
@@ -92,10 +89,6 @@ class PiecedTensor:
         for piece, common in parts:
             joined[relative(common, index)] = piece.read(common)
         return joined
-
-    def prefetch(self, index: Index) -> None:
-        for piece, common in self._parts(index):
-            piece.prefetch(common)
 
     def _parts(self, index: Index) -> Iterator[tuple[Piece, Index]]:
         """The pieces that a slice needs, and what it needs of each."""

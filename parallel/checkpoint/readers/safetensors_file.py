@@ -45,6 +45,7 @@ class SafetensorsFile:
     def read(self, name: str, index: Index) -> Tensor:
         """A slice of a tensor; a view of the mapped file where it is contiguous."""
         info = self.tensors[name]
+        self.prefetch(name, index)
         offset = self._header.offsets[name]
         return self._mapped.tensor(offset, info.shape, info.dtype)[index].contiguous()
 

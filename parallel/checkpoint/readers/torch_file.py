@@ -59,6 +59,7 @@ class TorchFile:
 
     def read(self, name: str, index: Index) -> Tensor:
         """A slice of a tensor; a view of the mapped file where it is contiguous."""
+        self.prefetch(name, index)
         tensor = self._pickled[name]
         shape, dtype = index_shape(index), tensor.storage.dtype
         return self._mapped.tensor(
