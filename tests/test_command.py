@@ -334,7 +334,7 @@ def test_stopped_rank_is_killed_with_the_run(launch, tmp_path):
 def test_terminated_prepare_says_what_it_left_and_is_gone_on_with(launch, tmp_path):
     from tests.checkpoints import write_checkpoint
 
-    write_checkpoint(tmp_path / "source", hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
+    write_checkpoint(tmp_path / "source", hidden_size=1024, intermediate_size=4096, num_hidden_layers=10,
                      num_attention_heads=8, num_key_value_heads=8)  # fmt: skip
     before = set(os.listdir(tmp_path))
     arguments = ("prepare", "checkpoint=source", "quant=rtn_a16w8", "output=out")

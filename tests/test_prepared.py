@@ -79,16 +79,16 @@ def test_integers_are_those_of_the_whole_weight(source, prepared):
 
 
 def test_text_is_the_same_from_every_size_and_on_every_size(prepared):
-    expected = generate(prepared[1], [[1]], 1, new_tokens=30)
+    expected = generate(prepared[1], [[1]], 1, new_tokens=12)
     for size in (2, 4, 8):
-        assert generate(prepared[size], [[1]], size, new_tokens=30) == expected
-    assert generate(prepared[8], [[1]], 2, new_tokens=30) == expected
-    assert generate(prepared[2], [[1]], 4, new_tokens=30) == expected
+        assert generate(prepared[size], [[1]], size, new_tokens=12) == expected
+    assert generate(prepared[8], [[1]], 2, new_tokens=12) == expected
+    assert generate(prepared[2], [[1]], 4, new_tokens=12) == expected
 
 
 def test_text_is_that_of_quantizing_on_the_fly(source, prepared):
-    expected = generate(source, [[1]], 2, new_tokens=30, scheme=RTN)
-    assert generate(prepared[4], [[1]], 4, new_tokens=30) == expected
+    expected = generate(source, [[1]], 2, new_tokens=12, scheme=RTN)
+    assert generate(prepared[4], [[1]], 4, new_tokens=12) == expected
 
 
 def test_preparing_a_prepared_one_gives_the_bytes_of_preparing_the_source(prepared, tmp_path):
