@@ -22,8 +22,8 @@ from launcher.schema import Config, GenerationSection, QuantSection
 from launcher.text import open_tokenizer
 from parallel.checkpoint.layout import Layout, check_calibrated
 from parallel.checkpoint.open import Checkpoint, open_checkpoint, open_random, read_config
-from parallel.checkpoint.readers.mindformers import MindFormersSource
-from parallel.checkpoint.readers.mindformers_files import weights_directory
+from parallel.checkpoint.readers.mindformers.files import weights_directory
+from parallel.checkpoint.readers.mindformers.source import MindFormersSource
 from parallel.checkpoint.readers.prepared import PreparedSource
 from quant.scheme import QuantScheme
 

@@ -148,8 +148,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from parallel.checkpoint.readers.mindspore_file import MindSporeFile
-from parallel.checkpoint.readers.mindspore_sums import has_right_sum
+from parallel.checkpoint.readers.mindspore.file import MindSporeFile
+from parallel.checkpoint.readers.mindspore.sums import has_right_sum
 from parallel.checkpoint.readers.safetensors_file import SafetensorsFile
 from parallel.errors import CheckpointError
 

@@ -21,8 +21,8 @@ from launcher.__main__ import main
 from launcher.text import open_tokenizer
 from parallel.checkpoint.mindformers.directory import read_model_file
 from parallel.checkpoint.open import Checkpoint, describe_layout, open_checkpoint
-from parallel.checkpoint.readers import golden_stick
-from parallel.checkpoint.readers.golden_stick import GoldenStickSource
+from parallel.checkpoint.readers.golden_stick import source as golden_stick
+from parallel.checkpoint.readers.golden_stick.source import GoldenStickSource
 from parallel.checkpoint.source import TensorInfo
 from parallel.errors import CheckpointError
 from parallel.model.config import ModelConfig

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from launcher.__main__ import main
 from parallel.checkpoint.open import describe_layout, open_checkpoint, read_config
-from parallel.checkpoint.readers.meta import MetaSource, turn_heads
+from parallel.checkpoint.readers.meta.source import MetaSource, turn_heads
 from parallel.errors import CheckpointError, ModelError
 from quant.scheme import QuantScheme
 from tests.checkpoints import CONFIG, TOKENIZER_FILES, tensor_shapes, write_checkpoint

@@ -18,20 +18,20 @@ from safetensors.torch import load_file, save_file
 from launcher.config import compose
 from launcher.resolve import open_job
 from parallel.checkpoint.open import describe_layout, open_checkpoint
-from parallel.checkpoint.readers.mindformers import MindFormersSource
-from parallel.checkpoint.readers.mindformers_files import is_mindformers, weights_directory
-from parallel.checkpoint.readers.mindformers_names import (
+from parallel.checkpoint.readers.mindformers.files import is_mindformers, weights_directory
+from parallel.checkpoint.readers.mindformers.names import (
     hf_modules,
     hf_names,
     is_mindformers_name,
     mindformers_name,
 )
-from parallel.checkpoint.readers.mindformers_strategy import (
+from parallel.checkpoint.readers.mindformers.source import MindFormersSource
+from parallel.checkpoint.readers.mindformers.strategy import (
     ParameterLayout,
     find_strategy,
     read_strategy,
 )
-from parallel.checkpoint.readers.mindspore_file import MindSporeFile
+from parallel.checkpoint.readers.mindspore.file import MindSporeFile
 from parallel.checkpoint.store import write_prepared
 from parallel.errors import CheckpointError
 from quant.scheme import QuantScheme

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from parallel.checkpoint.layout import check_names
-from parallel.checkpoint.readers.mindspore_file import MindSporeFile
-from parallel.checkpoint.readers.mindspore_records import scan_records
-from parallel.checkpoint.readers.protobuf_fields import FieldError
+from parallel.checkpoint.readers.mindspore.file import MindSporeFile
+from parallel.checkpoint.readers.mindspore.protobuf_fields import FieldError
+from parallel.checkpoint.readers.mindspore.records import scan_records
 from parallel.errors import CheckpointError
 from tests.mindspore_checkpoints import (
     TYPE_NAMES,

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 
 from parallel.checkpoint.open import open_checkpoint
 from parallel.checkpoint.readers.huggingface import HuggingFaceSource
-from parallel.checkpoint.readers.torch_file import TorchFile
-from parallel.checkpoint.readers.torch_names import PickledStorage, PickledTensor
-from parallel.checkpoint.readers.torch_pickle import read_pickle
+from parallel.checkpoint.readers.pickled.file import TorchFile
+from parallel.checkpoint.readers.pickled.machine import read_pickle
+from parallel.checkpoint.readers.pickled.names import PickledStorage, PickledTensor
 from parallel.errors import CheckpointError
 from quant.scheme import QuantScheme
 from tests.checkpoints import write_checkpoint

@@ -19,7 +19,7 @@ from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import ConfigError, RunError
 from launcher.schema import Config
 from parallel.checkpoint.open import open_checkpoint
-from parallel.checkpoint.readers.mindformers import MindFormersSource
+from parallel.checkpoint.readers.mindformers.source import MindFormersSource
 from parallel.checkpoint.readers.prepared import MANIFEST, SHARD_FILE, PreparedSource
 from parallel.checkpoint.side_files import COPIED_FILES
 from parallel.checkpoint.source import Source

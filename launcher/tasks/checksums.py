@@ -8,7 +8,7 @@ from launcher.output import num_writers
 from launcher.ranks.rank import Rank
 from launcher.schema import Config
 from parallel.checkpoint.open import Checkpoint
-from parallel.checkpoint.readers.mindformers import MindFormersSource
+from parallel.checkpoint.readers.mindformers.source import MindFormersSource
 from parallel.checkpoint.readers.prepared import PreparedSource
 from parallel.checkpoint.sums import check_shards
 from parallel.errors import CheckpointError

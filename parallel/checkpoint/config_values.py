@@ -7,8 +7,8 @@ from typing import Any
 
 from parallel.checkpoint.json_file import read_json_object
 from parallel.checkpoint.mindformers.directory import find_model_file, read_model_file
-from parallel.checkpoint.readers.meta import is_meta
-from parallel.checkpoint.readers.meta_config import PARAMS, read_meta_config
+from parallel.checkpoint.readers.meta.config import PARAMS, read_meta_config
+from parallel.checkpoint.readers.meta.source import is_meta
 
 CONFIG = "config.json"
 

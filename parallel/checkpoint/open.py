@@ -25,7 +25,7 @@ from parallel.checkpoint.layout import (
     make_layout,
 )
 from parallel.checkpoint.readers.compressed import CompressedSource
-from parallel.checkpoint.readers.golden_stick import (
+from parallel.checkpoint.readers.golden_stick.source import (
     GoldenStickSource,
     check_unquantized,
     find_quantization,
@@ -36,10 +36,10 @@ from parallel.checkpoint.readers.huggingface import (
     HuggingFaceSource,
     read_index,
 )
-from parallel.checkpoint.readers.meta import MetaSource, is_meta
-from parallel.checkpoint.readers.mindformers import MindFormersSource
-from parallel.checkpoint.readers.mindformers_files import is_mindformers
-from parallel.checkpoint.readers.mindformers_names import by_hf_names
+from parallel.checkpoint.readers.meta.source import MetaSource, is_meta
+from parallel.checkpoint.readers.mindformers.files import is_mindformers
+from parallel.checkpoint.readers.mindformers.names import by_hf_names
+from parallel.checkpoint.readers.mindformers.source import MindFormersSource
 from parallel.checkpoint.readers.prepared import MANIFEST, PreparedSource, is_prepared
 from parallel.checkpoint.readers.random import RandomSource
 from parallel.checkpoint.regular_file import check_directory

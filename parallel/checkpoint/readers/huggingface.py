@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parallel.checkpoint.json_file import distinct, read_json_object
+from parallel.checkpoint.readers.pickled.file import TorchFile
 from parallel.checkpoint.readers.safetensors_file import SafetensorsFile
-from parallel.checkpoint.readers.torch_file import TorchFile
 from parallel.checkpoint.source import TensorInfo
 from parallel.errors import CheckpointError
 from parallel.placement import Index

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from parallel.checkpoint.readers.golden_stick_names import (
+from parallel.checkpoint.readers.golden_stick.names import (
     BOTH_SCALES,
     BOTH_ZEROS,
     KEY_SCALE,
@@ -18,8 +18,8 @@ from parallel.checkpoint.readers.golden_stick_names import (
     VALUE_ZERO,
     VALUE_ZERO_COPY,
 )
-from parallel.checkpoint.readers.golden_stick_parts import CacheParts
-from parallel.checkpoint.readers.golden_stick_values import CLOSE, REMEDY, as_floats
+from parallel.checkpoint.readers.golden_stick.parts import CacheParts
+from parallel.checkpoint.readers.golden_stick.values import CLOSE, REMEDY, as_floats
 from parallel.errors import CheckpointError
 
 

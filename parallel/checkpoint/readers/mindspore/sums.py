@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 
-from parallel.checkpoint.readers.mindspore_file import MindSporeFile
+from parallel.checkpoint.readers.mindspore.file import MindSporeFile
 from parallel.checkpoint.readers.safetensors_file import SafetensorsFile
 from parallel.checkpoint.source import TensorFile
 from parallel.errors import CheckpointError

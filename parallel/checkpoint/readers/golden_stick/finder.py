@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from parallel.checkpoint.readers.golden_stick_forms import CACHE_FORMS, Form, linear_forms
-from parallel.checkpoint.readers.golden_stick_inventory import check_used_up, take_inventory
-from parallel.checkpoint.readers.golden_stick_names import BIAS, WEIGHT
-from parallel.checkpoint.readers.golden_stick_parts import (
+from parallel.checkpoint.readers.golden_stick.forms import CACHE_FORMS, Form, linear_forms
+from parallel.checkpoint.readers.golden_stick.inventory import check_used_up, take_inventory
+from parallel.checkpoint.readers.golden_stick.names import BIAS, WEIGHT
+from parallel.checkpoint.readers.golden_stick.parts import (
     CacheParts,
     LinearParts,
     Parts,
     StoredPart,
 )
-from parallel.checkpoint.readers.golden_stick_places import Place, check_form, place_part
-from parallel.checkpoint.readers.mindformers_files import WeightFiles
+from parallel.checkpoint.readers.golden_stick.places import Place, check_form, place_part
+from parallel.checkpoint.readers.mindformers.files import WeightFiles
 from parallel.checkpoint.readers.pieces import PiecedTensor
 from parallel.errors import CheckpointError
 from parallel.model.placements import Row, Table

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from parallel.checkpoint.readers.protobuf_fields import (
+from parallel.checkpoint.readers.mindspore.protobuf_fields import (
     Field,
     FieldError,
     fields,

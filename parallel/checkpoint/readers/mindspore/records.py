@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from parallel.checkpoint.readers.chunks import Chunk, StoredTensor
-from parallel.checkpoint.readers.protobuf_fields import (
+from parallel.checkpoint.readers.mindspore.chunks import Chunk, StoredTensor
+from parallel.checkpoint.readers.mindspore.protobuf_fields import (
     Field,
     FieldError,
     fields,

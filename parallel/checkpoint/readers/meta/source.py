@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parallel.checkpoint.readers.huggingface import has_weights
-from parallel.checkpoint.readers.meta_config import PARAMS
-from parallel.checkpoint.readers.meta_files import PATTERN, ConsolidatedFiles
+from parallel.checkpoint.readers.meta.config import PARAMS
+from parallel.checkpoint.readers.meta.files import PATTERN, ConsolidatedFiles
 from parallel.checkpoint.source import TensorInfo
 from parallel.errors import CheckpointError
 from parallel.model.config import ModelConfig

@@ -20,16 +20,16 @@ from parallel.checkpoint.mindformers.directory import (
     is_model_file,
     read_model_file,
 )
-from parallel.checkpoint.readers.golden_stick_finder import find_parts
-from parallel.checkpoint.readers.golden_stick_names import (
+from parallel.checkpoint.readers.golden_stick.finder import find_parts
+from parallel.checkpoint.readers.golden_stick.names import (
     KEY_SCALE,
     SCALE,
     VALUE_SCALE,
     WEIGHT,
     is_quantized_name,
 )
-from parallel.checkpoint.readers.golden_stick_parts import LinearParts, Parts
-from parallel.checkpoint.readers.mindformers_files import open_ranks
+from parallel.checkpoint.readers.golden_stick.parts import LinearParts, Parts
+from parallel.checkpoint.readers.mindformers.files import open_ranks
 from parallel.checkpoint.source import TensorFile, TensorInfo
 from parallel.errors import CheckpointError
 from parallel.model.config import ModelConfig
@@ -113,7 +113,7 @@ class GoldenStickSource:
             CheckpointError: a value of its linear, or of its KV cache, that is not zero, one or finite
                 as it must be; or ranks that hold different scales.
         """
-        from parallel.checkpoint.readers.golden_stick_values import (
+        from parallel.checkpoint.readers.golden_stick.values import (
             input_scale,
             transposed,
             weight_scale,
@@ -145,14 +145,14 @@ class GoldenStickSource:
         }
 
     def _check(self, parts: LinearParts) -> None:
-        from parallel.checkpoint.readers.golden_stick_values import check_linear
+        from parallel.checkpoint.readers.golden_stick.values import check_linear
 
         if parts.module not in self._checked:
             check_linear(parts, self.path)
             self._checked.add(parts.module)
 
     def _read_cache(self, module: str, kind: str, index: Index) -> Tensor:
-        from parallel.checkpoint.readers.golden_stick_cache import check_cache
+        from parallel.checkpoint.readers.golden_stick.cache import check_cache
 
         parts = self._parts.caches[module]
         if module not in self._checked:

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parallel.checkpoint.readers.mindformers_files import common_names, open_ranks
-from parallel.checkpoint.readers.mindformers_parts import PartJoiner
-from parallel.checkpoint.readers.mindformers_strategy import find_strategy
-from parallel.checkpoint.readers.mindspore_sums import has_right_sum
+from parallel.checkpoint.readers.mindformers.files import common_names, open_ranks
+from parallel.checkpoint.readers.mindformers.parts import PartJoiner
+from parallel.checkpoint.readers.mindformers.strategy import find_strategy
+from parallel.checkpoint.readers.mindspore.sums import has_right_sum
 from parallel.checkpoint.readers.pieces import PiecedTensor
 from parallel.checkpoint.source import TensorFile, TensorInfo
 from parallel.errors import CheckpointError

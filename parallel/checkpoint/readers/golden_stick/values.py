@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from parallel.checkpoint.readers.golden_stick_names import (
+from parallel.checkpoint.readers.golden_stick.names import (
     CORRECTION,
     INPUT_SCALE,
     INPUT_ZERO,
@@ -24,7 +24,7 @@ from parallel.checkpoint.readers.golden_stick_names import (
     WEIGHT,
     ZERO,
 )
-from parallel.checkpoint.readers.golden_stick_parts import LinearParts, StoredPart, whole_index
+from parallel.checkpoint.readers.golden_stick.parts import LinearParts, StoredPart, whole_index
 from parallel.errors import CheckpointError
 from parallel.placement import Index
 from quant.numeric import pack_int4, unpack_int4

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from parallel.checkpoint.readers.mindformers_names import hf_modules, hf_names
+from parallel.checkpoint.readers.mindformers.names import hf_modules, hf_names
 
 # What a part is, whatever it is called.
 WEIGHT, BIAS = "weight", "bias"

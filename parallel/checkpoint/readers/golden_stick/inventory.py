@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from parallel.checkpoint.readers.golden_stick_forms import CACHE_FORMS
-from parallel.checkpoint.readers.golden_stick_names import BIAS, WEIGHT, parse_name
-from parallel.checkpoint.readers.golden_stick_places import Place
-from parallel.checkpoint.readers.mindformers_files import WeightFiles, common_names
+from parallel.checkpoint.readers.golden_stick.forms import CACHE_FORMS
+from parallel.checkpoint.readers.golden_stick.names import BIAS, WEIGHT, parse_name
+from parallel.checkpoint.readers.golden_stick.places import Place
+from parallel.checkpoint.readers.mindformers.files import WeightFiles, common_names
 from parallel.checkpoint.source import FLOAT_DTYPES
 from parallel.errors import CheckpointError
 from parallel.model.placements import HEAD, Table

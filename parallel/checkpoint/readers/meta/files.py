@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parallel.checkpoint.readers.torch_file import TorchFile
+from parallel.checkpoint.readers.pickled.file import TorchFile
 from parallel.checkpoint.source import TensorInfo
 from parallel.errors import CheckpointError
 from parallel.placement import Index, Shape, index_shape

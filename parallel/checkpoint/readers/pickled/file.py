@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parallel.checkpoint.mapped_file import MappedFile
-from parallel.checkpoint.readers.stored_zip import StoredZip
-from parallel.checkpoint.readers.torch_names import PickledTensor
-from parallel.checkpoint.readers.torch_pickle import MOST_PICKLE_BYTES, read_pickle
+from parallel.checkpoint.readers.pickled.machine import MOST_PICKLE_BYTES, read_pickle
+from parallel.checkpoint.readers.pickled.names import PickledTensor
+from parallel.checkpoint.readers.pickled.stored_zip import StoredZip
 from parallel.checkpoint.regular_file import check_regular, reason
 from parallel.checkpoint.source import DTYPE_BYTES, TensorInfo
 from parallel.errors import CheckpointError

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from parallel.checkpoint.readers.golden_stick_forms import Axes, Form
+from parallel.checkpoint.readers.golden_stick.forms import Axes, Form
 from parallel.checkpoint.readers.pieces import Piece, PiecedTensor
 from parallel.checkpoint.source import TensorFile, TensorInfo
 from parallel.errors import CheckpointError

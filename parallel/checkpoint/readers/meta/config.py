@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.checkpoint.json_file import read_json_object
-from parallel.checkpoint.readers.meta_files import ConsolidatedFiles
+from parallel.checkpoint.readers.meta.files import ConsolidatedFiles
 from parallel.errors import CheckpointError
 
 PARAMS = "params.json"

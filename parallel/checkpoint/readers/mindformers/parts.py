@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from parallel.checkpoint.readers.mindformers_names import hf_names
-from parallel.checkpoint.readers.mindformers_strategy import Strategy
+from parallel.checkpoint.readers.mindformers.names import hf_names
+from parallel.checkpoint.readers.mindformers.strategy import Strategy
 from parallel.checkpoint.readers.pieces import Piece, PiecedTensor
 from parallel.checkpoint.source import TensorFile, TensorInfo
 from parallel.errors import CheckpointError

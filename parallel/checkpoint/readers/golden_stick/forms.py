@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from parallel.checkpoint.readers.golden_stick_names import (
+from parallel.checkpoint.readers.golden_stick.names import (
     BOTH_SCALES,
     BOTH_ZEROS,
     CORRECTION,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from parallel.checkpoint.readers.torch_names import NAMES, Function, PickledStorage, StorageClass
+from parallel.checkpoint.readers.pickled.names import NAMES, Function, PickledStorage, StorageClass
 from parallel.errors import CheckpointError
 
 # 150 bytes a tensor: room for some 28,000 of them in one file.

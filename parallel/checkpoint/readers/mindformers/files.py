@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from parallel.checkpoint.readers.huggingface import INDEX_NAME, read_index
-from parallel.checkpoint.readers.mindformers_names import is_mindformers_name
-from parallel.checkpoint.readers.mindformers_strategy import is_strategy
-from parallel.checkpoint.readers.mindspore_file import MindSporeFile
+from parallel.checkpoint.readers.mindformers.names import is_mindformers_name
+from parallel.checkpoint.readers.mindformers.strategy import is_strategy
+from parallel.checkpoint.readers.mindspore.file import MindSporeFile
 from parallel.checkpoint.readers.safetensors_file import SafetensorsFile
 from parallel.checkpoint.source import TensorFile
 from parallel.errors import CheckpointError

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from parallel.checkpoint.json_file import read_json_object
-from parallel.checkpoint.readers.protobuf_fields import FieldError
-from parallel.checkpoint.readers.strategy_message import LAYOUT_KEYS, read_message
+from parallel.checkpoint.readers.mindformers.strategy_message import LAYOUT_KEYS, read_message
+from parallel.checkpoint.readers.mindspore.protobuf_fields import FieldError
 from parallel.checkpoint.regular_file import check_regular, reason
 from parallel.errors import CheckpointError
 from parallel.placement import Shape

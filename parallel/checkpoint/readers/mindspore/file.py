@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parallel.checkpoint.mapped_file import MappedFile
-from parallel.checkpoint.readers.chunks import (
+from parallel.checkpoint.readers.mindspore.chunks import (
     StoredTensor,
     byte_index,
     byte_shape,
     row_runs,
     stretches,
 )
-from parallel.checkpoint.readers.mindspore_records import (
+from parallel.checkpoint.readers.mindspore.protobuf_fields import FieldError
+from parallel.checkpoint.readers.mindspore.records import (
     TRAILER_BYTES,
     Records,
     scan_records,
 )
-from parallel.checkpoint.readers.protobuf_fields import FieldError
 from parallel.checkpoint.regular_file import reason
 from parallel.checkpoint.source import TensorInfo
 from parallel.errors import CheckpointError

@@ -1,0 +1,1 @@
+"""Golden Stick's quantized files."""

@@ -1,0 +1,1 @@
+"""MindFormers' checkpoints: names, ranks and strategies."""
