@@ -15,7 +15,6 @@ from launcher.environment.detection import detect
 from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import EXIT_FAILED, EXIT_USER, USER_ERRORS, RunError, one_line
 from launcher.help import help_text
-from launcher.host.memory import ask_for_huge_pages
 from launcher.schema import Config, to_yaml
 from launcher.tasks import TASKS, check_effects, has_ranks, local_task
 from launcher.timeline import Timeline
@@ -49,7 +48,6 @@ def _run(words: list[str], timeline: Timeline) -> int:
     if words[:1] == ["--cfg"]:
         print(to_yaml(compose(words[1:])), end="")
         return 0
-    ask_for_huge_pages(os.environ)
     config = compose(words)
     check_effects(words, config.task.name)
     return _run_task(config, environment, timeline)

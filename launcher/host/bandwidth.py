@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,9 +33,8 @@ def measure_bandwidth_gb_s() -> float:
     library.memchr.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
     num_cores = len(os.sched_getaffinity(0))
     part = _NUM_BYTES // num_cores
-    memory = _memory(_NUM_BYTES)
-    first = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    parts = [first + core * part for core in range(num_cores)]
+    data = (ctypes.c_char * _NUM_BYTES)()
+    parts = [ctypes.addressof(data) + core * part for core in range(num_cores)]
     with ThreadPoolExecutor(num_cores) as pool:
         # Pages that nobody has written are one page of zeros, which the cache holds.
         list(pool.map(lambda start: ctypes.memset(start, 1, part), parts))
@@ -47,14 +44,6 @@ def measure_bandwidth_gb_s() -> float:
             list(pool.map(lambda start: library.memchr(start, 0, part), parts))
             times.append(time.perf_counter() - began)
     return part * num_cores / min(times) / 1e9
-
-
-def _memory(num_bytes: int) -> mmap.mmap:
-    """In huge pages where there are some, as the weights are (launcher/host/memory.py)."""
-    memory = mmap.mmap(-1, num_bytes)
-    with suppress(OSError, AttributeError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
 
 
 def measure_group_bandwidth(group: Group, device: torch.device) -> list[float]:

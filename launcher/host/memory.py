@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import resource
-from collections.abc import MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,16 +12,6 @@ if TYPE_CHECKING:
     import torch
 
 _PEAK = re.compile(r"^VmHWM:\s*(\d+) kB", re.MULTILINE)
-
-
-def ask_for_huge_pages(environ: MutableMapping[str, str]) -> None:
-    """Have torch ask for pages of 2 MB for large tensors, unless the user has said whether.
-
-    The first touch of memory costs a fault for each page, and a stream through it an entry of the
-    TLB: weights are loaded several times as fast. For this process and its children, before torch
-    allocates anything; Linux grants it where transparent_hugepage is `madvise` or `always`.
-    """
-    environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def host_bytes() -> int:
