@@ -84,6 +84,23 @@ def index_shape(index: Index) -> Shape:
     return tuple(item.stop - item.start for item in index)
 
 
+def intersection(first: Index, second: Index) -> Index | None:
+    """The entries that two slices share; None where there are none."""
+    common = tuple(
+        slice(max(a.start, b.start), min(a.stop, b.stop))
+        for a, b in zip(first, second, strict=True)
+    )
+    return None if any(cut.start >= cut.stop for cut in common) else common
+
+
+def relative(inner: Index, outer: Index) -> Index:
+    """A slice of the global tensor, counted from the beginning of one that contains it."""
+    return tuple(
+        slice(cut.start - base.start, cut.stop - base.start)
+        for cut, base in zip(inner, outer, strict=True)
+    )
+
+
 def _cut(shape: Shape, dim: int, start: int, stop: int) -> Index:
     """All of `shape`, but [start, stop) along `dim`; a last unit may be short."""
     whole = [slice(0, length) for length in shape]

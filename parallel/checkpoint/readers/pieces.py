@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from parallel.checkpoint.source import TensorFile, TensorInfo
 from parallel.errors import CheckpointError
-from parallel.placement import Index, Shape, index_shape
+from parallel.placement import Index, Shape, index_shape, intersection, relative
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,23 +96,6 @@ class PiecedTensor:
             common = intersection(piece.place, index)
             if common is not None:
                 yield piece, common
-
-
-def intersection(first: Index, second: Index) -> Index | None:
-    """The entries that two slices share; None where there are none."""
-    common = tuple(
-        slice(max(a.start, b.start), min(a.stop, b.stop))
-        for a, b in zip(first, second, strict=True)
-    )
-    return None if any(cut.start >= cut.stop for cut in common) else common
-
-
-def relative(inner: Index, outer: Index) -> Index:
-    """A slice of the global tensor, counted from the beginning of one that contains it."""
-    return tuple(
-        slice(cut.start - base.start, cut.stop - base.start)
-        for cut, base in zip(inner, outer, strict=True)
-    )
 
 
 def _compared(found: Tensor, index: Index) -> list[Index]:

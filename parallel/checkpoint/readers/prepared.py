@@ -12,7 +12,7 @@ from parallel.checkpoint.json_file import distinct, read_json_object
 from parallel.checkpoint.readers.safetensors_file import SafetensorsFile
 from parallel.checkpoint.source import DTYPE_BYTES, TensorInfo
 from parallel.errors import CheckpointError
-from parallel.placement import Index, index_shape
+from parallel.placement import Index, index_shape, intersection, relative
 from quant.errors import QuantError
 from quant.scheme import QuantScheme
 
@@ -103,11 +103,7 @@ class PreparedSource:
         return list(self.manifest["tensors"].items())
 
     def _read_shard(self, name: str, shard: _Shard, index: Index) -> Tensor:
-        local = tuple(
-            slice(cut.start - held.start, cut.stop - held.start)
-            for cut, held in zip(index, shard.index, strict=True)
-        )
-        return self._files[shard.rank].read(name, local)
+        return self._files[shard.rank].read(name, relative(index, shard.index))
 
     def _join(self, name: str, index: Index) -> Tensor:
         import torch
@@ -117,12 +113,9 @@ class PreparedSource:
         found = torch.zeros(joined.shape, dtype=torch.bool) if self._has_gaps else None
         # Ranks that share a kv head have the same slice.
         for shard in {str(shard.index): shard for shard in self._shards[name]}.values():
-            common = _intersection(shard.index, index)
+            common = intersection(shard.index, index)
             if common is not None:
-                target = tuple(
-                    slice(cut.start - base.start, cut.stop - base.start)
-                    for cut, base in zip(common, index, strict=True)
-                )
+                target = relative(common, index)
                 joined[target] = self._read_shard(name, shard, common)
                 if found is not None:
                     found[target] = True
@@ -218,11 +211,3 @@ def _slices(entry: dict[str, Any]) -> list[Index]:
 
 def _contains(outer: Index, inner: Index) -> bool:
     return all(a.start <= b.start and b.stop <= a.stop for a, b in zip(outer, inner, strict=True))
-
-
-def _intersection(first: Index, second: Index) -> Index | None:
-    common = tuple(
-        slice(max(a.start, b.start), min(a.stop, b.stop))
-        for a, b in zip(first, second, strict=True)
-    )
-    return None if any(cut.start >= cut.stop for cut in common) else common
