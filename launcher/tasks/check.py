@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import ConfigError, RunError
+from launcher.progress import open_bar
 from launcher.schema import Config
 from parallel.checkpoint.open import open_checkpoint
 from parallel.checkpoint.readers.mindformers.source import MindFormersSource
@@ -99,9 +100,8 @@ def _wrong(pieces: Sequence[Piece], num_bytes: int) -> list[Piece]:
 
 
 def _bar(num_bytes: int | None) -> tqdm[Any]:
-    is_quiet = not sys.stderr.isatty()
-    return tqdm(
-        total=num_bytes, unit="B", unit_scale=True, desc="check", disable=is_quiet, leave=False
+    return open_bar(
+        sys.stderr, total=num_bytes, unit="B", unit_scale=True, desc="check", leave=False
     )
 
 

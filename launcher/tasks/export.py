@@ -61,14 +61,11 @@ def _open_prepared(config: Config) -> Checkpoint:
 def _write(
     config: Config, checkpoint: Checkpoint, layout: Layout, output: Path, num_threads: int
 ) -> int:
-    from tqdm import tqdm
-
+    from launcher.progress import open_bar
     from parallel.checkpoint.export import export_bytes, write_export
 
     total = export_bytes(layout)
-    with tqdm(
-        total=total, unit="B", unit_scale=True, desc="export", disable=not sys.stderr.isatty()
-    ) as bar:
+    with open_bar(sys.stderr, total=total, unit="B", unit_scale=True, desc="export") as bar:
         write_export(
             layout,
             checkpoint.source,

@@ -51,16 +51,13 @@ def run(config: Config, environment: WorkerEnvironment) -> None:
 
 
 def _write(resolved: Resolved, output: Path) -> None:
-    from tqdm import tqdm
-
+    from launcher.progress import open_bar
     from parallel.checkpoint.store import source_bytes, write_prepared
 
     config, source = resolved.config, resolved.checkpoint.source
     assert config.parallel.tp is not None
     total = source_bytes(resolved.layout, source, config.parallel.tp, config.prepare.ranks)
-    with tqdm(
-        total=total, unit="B", unit_scale=True, desc="prepare", disable=not sys.stderr.isatty()
-    ) as bar:
+    with open_bar(sys.stderr, total=total, unit="B", unit_scale=True, desc="prepare") as bar:
         write_prepared(
             resolved.layout,
             source,
