@@ -67,7 +67,7 @@ def _run_task(config: Config, environment: WorkerEnvironment, timeline: Timeline
                 local_task(config.task.name)(config, environment)
         return 0
     if environment.is_plain and config.task.name == "bench":
-        from launcher.tasks.bench_sizes import run_sizes
+        from launcher.tasks.bench.sizes import run_sizes
 
         return run_sizes(config, environment, timeline)
     if environment.is_plain:

@@ -146,15 +146,15 @@ def make_job(
         reads_prompts: False leaves them out, where another rank reads them.
     """
     if config.task.name == "bench":
-        from launcher.tasks.bench_sizes import make_bench_job
+        from launcher.tasks.bench.sizes import make_bench_job
 
         return make_bench_job(config, environment, chooses_kernel=reads_prompts)
     if config.task.name == "prepare":
-        from launcher.tasks.prepare_job import make_prepare_job
+        from launcher.tasks.prepare.job import make_prepare_job
 
         return make_prepare_job(config, environment, reads_texts=reads_prompts)
     if config.task.name == "eval":
-        from launcher.tasks.eval_job import make_eval_job
+        from launcher.tasks.eval.job import make_eval_job
 
         return make_eval_job(config, environment, reads_exam=reads_prompts)
     resolved = resolve(config, environment)

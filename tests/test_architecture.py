@@ -59,7 +59,7 @@ def test_rooms_of_the_launcher_import_from_no_later_one():
     rooms = ("environment", "host", "ranks", "tasks")
     for at, room in enumerate(rooms):
         closed = tuple(f"launcher.{later}." for later in rooms[at + 1 :])
-        for path in (ROOT / "launcher" / room).glob("*.py"):
+        for path in (ROOT / "launcher" / room).rglob("*.py"):
             # Which imports a task's module by name, when it runs.
             names = set(imports(path)) - {"launcher.tasks.rank_task"}
             later = {name for name in names if name.startswith(closed)}
@@ -110,7 +110,7 @@ def test_every_package_is_installed():
 
 def test_plan_and_checks_of_the_configuration_need_no_torch():
     script = (
-        "import sys; import launcher.__main__, launcher.resolve, launcher.tasks.plan, "
+        "import sys; import launcher.__main__, launcher.resolve, launcher.tasks.plan.run, "
         "launcher.ranks.workers; "
         "from launcher.config import compose; compose(['prompt=x']); "
         "print([name for name in ('torch', 'transformers') if name in sys.modules])"

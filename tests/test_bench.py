@@ -15,10 +15,10 @@ from launcher.__main__ import main
 from launcher.host import bandwidth
 from launcher.host.load import LoadMark, other_cores
 from launcher.resolve import DEMO
-from launcher.tasks.bench_case import Runner
-from launcher.tasks.bench_record import Host, Measured, make_record
-from launcher.tasks.bench_simulate import CollectiveCost
-from launcher.tasks.bench_work import Case, Work, decode_work, prefill_work
+from launcher.tasks.bench.case import Runner
+from launcher.tasks.bench.record import Host, Measured, make_record
+from launcher.tasks.bench.simulate import CollectiveCost
+from launcher.tasks.bench.work import Case, Work, decode_work, prefill_work
 from parallel.checkpoint.open import open_checkpoint, open_random
 from parallel.group import LoneGroup
 from quant.scheme import QuantScheme

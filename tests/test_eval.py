@@ -15,7 +15,7 @@ from launcher.exam import Exam, Question
 from launcher.questions import Form, Item, check_template, make_questions, read_items
 from launcher.ranks.long_text import get_text, set_text
 from launcher.resolve import DEMO
-from launcher.tasks.eval_result import ModelResult, difference, majority
+from launcher.tasks.eval.result import ModelResult, difference, majority
 from launcher.text import num_shared, open_tokenizer
 from parallel.checkpoint.open import open_checkpoint
 from parallel.errors import NumericsError, PromptError

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from launcher.__main__ import main
 from launcher.config import compose
 from launcher.resolve import DEMO
-from launcher.tasks.bench_work import Case, decode_work
+from launcher.tasks.bench.work import Case, decode_work
 from launcher.text import open_tokenizer
 from parallel.checkpoint.layout import check_calibrated
 from parallel.checkpoint.open import open_checkpoint, open_random

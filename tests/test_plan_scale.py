@@ -14,7 +14,7 @@ import yaml
 from launcher.__main__ import main
 from launcher.host.disk import measure_read_gb_s, measure_write_gb_s
 from launcher.schema import group_options
-from launcher.tasks.plan_table import ranges
+from launcher.tasks.plan.table import ranges
 from parallel.checkpoint.layout import Layout, make_layout
 from parallel.checkpoint.open import open_checkpoint
 from parallel.checkpoint.plan import Workload, plan_rank, prefill_flops
@@ -231,7 +231,7 @@ def test_both_reasons_of_a_model_are_grouped(capsys):
 
 
 def test_disk_that_is_too_small_is_foreseen(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("launcher.tasks.plan_machine.free_bytes", lambda _: 50_000_000_000)
+    monkeypatch.setattr("launcher.tasks.plan.machine.free_bytes", lambda _: 50_000_000_000)
     words = ("model=llama2_70b", "quant=rtn_a16w8", "plan.disk_gb_s=1", f"output={tmp_path / 'o'}")
     assert plan(capsys, *words, "parallel.tp=8")["output_fits"] is False
     printed = text(capsys, *words, "parallel.tp=8")

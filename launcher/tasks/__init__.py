@@ -1,6 +1,7 @@
-"""The tasks: one module each. Those with a rank's part have `run_rank`, the others `run`.
+"""The tasks. A small one is a module; a large one is a package, whose `run.py` is its part in the
+launcher, and whose `rank.py` that on each rank.
 
-Modules are imported when their task runs: `plan` and `env` need no torch.
+They are imported when their task runs: `plan` and `env` need no torch.
 """
 
 from __future__ import annotations
@@ -57,8 +58,20 @@ TASKS = {
     "env": ("what this process sees: launcher, rank, devices", ("parallel",)),
 }
 RANK_TASKS = ("generate", "verify", "eval", "bench")
-# Where a task's part on each rank is, unless its own module has it.
-_RANK_MODULES = {"prepare": "prepare_rank"}
+_RUN = {
+    "prepare": "prepare.run",
+    "export": "export",
+    "plan": "plan.run",
+    "check": "check",
+    "env": "env",
+}
+_RUN_RANK = {
+    "generate": "generate",
+    "prepare": "prepare.rank",
+    "verify": "verify",
+    "eval": "eval.rank",
+    "bench": "bench.rank",
+}
 _SECTIONS = {key.partition(".")[0] for _, keys in TASKS.values() for key in keys}
 # Keys that only these tasks read, of sections that others read as well.
 _READERS = {
@@ -84,8 +97,8 @@ def check_effects(words: list[str], task: str) -> None:
 
 def rank_task(name: str) -> Callable[[Rank], None]:
     """A task's part on one rank, which is to look at its shards first where that is asked for."""
-    module = _RANK_MODULES.get(name, name)
-    function: Callable[[Rank], None] = import_module(f"launcher.tasks.{module}").run_rank
+    module = import_module(f"launcher.tasks.{_RUN_RANK[name]}")
+    function: Callable[[Rank], None] = module.run_rank
 
     def run_rank(rank: Rank) -> None:
         if rank.job.config.verify_checksums:
@@ -101,7 +114,7 @@ def has_ranks(config: Config, environment: WorkerEnvironment) -> bool:
     """Whether the task runs on the ranks; prepare does where it calibrates, or where somebody has
     started several processes, which share the reading."""
     if config.task.name == "prepare":
-        from launcher.tasks.prepare_job import calibrates
+        from launcher.tasks.prepare.job import calibrates
 
         return calibrates(config) or not environment.is_plain
     return config.task.name in RANK_TASKS
@@ -109,9 +122,6 @@ def has_ranks(config: Config, environment: WorkerEnvironment) -> bool:
 
 def local_task(name: str) -> Callable[[Config, WorkerEnvironment], None]:
     """A task that runs in the launcher itself."""
-    assert name in TASKS
-    assert name not in RANK_TASKS
-    function: Callable[[Config, WorkerEnvironment], None] = import_module(
-        f"launcher.tasks.{name}"
-    ).run
+    module = import_module(f"launcher.tasks.{_RUN[name]}")
+    function: Callable[[Config, WorkerEnvironment], None] = module.run
     return function

@@ -9,8 +9,8 @@ from dataclasses import asdict
 from launcher.exam import Exam, Question
 from launcher.job import Job
 from launcher.ranks.rank import Rank
-from launcher.tasks.eval_result import Difference, ModelResult, difference, majority
-from launcher.tasks.eval_table import num_cut, print_result, special_words
+from launcher.tasks.eval.result import Difference, ModelResult, difference, majority
+from launcher.tasks.eval.table import num_cut, print_result, special_words
 
 
 def write_result(rank: Rank, results: Sequence[ModelResult]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from launcher.table import print_table
-from launcher.tasks.bench_record import Record
+from launcher.tasks.bench.record import Record
 
 _HEAD = (
     "phase", "batch", "prompt", "tokens/s", "(least to most)", "ms/step", "GB/s", "of bandwidth",

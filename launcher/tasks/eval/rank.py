@@ -18,8 +18,8 @@ from launcher.job import Job
 from launcher.progress import open_bar
 from launcher.ranks.rank import Rank
 from launcher.resolve import model_overrides, open_original
-from launcher.tasks.eval_report import write_result
-from launcher.tasks.eval_result import ModelResult
+from launcher.tasks.eval.report import write_result
+from launcher.tasks.eval.result import ModelResult
 from launcher.tasks.loading import open_decoder
 from parallel.checkpoint.open import Checkpoint, open_checkpoint
 from parallel.generation.choices import Problem, choice_log_probs

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from launcher.picture import Axes, draw
-from launcher.tasks.plan_report import Report
+from launcher.tasks.plan.report import Report
 from parallel.checkpoint.plan import RankPlan
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from launcher.tasks.plan_machine import Machine
-from launcher.tasks.plan_sizes import SizePlan
+from launcher.tasks.plan.machine import Machine
+from launcher.tasks.plan.sizes import SizePlan
 from parallel.checkpoint.layout import Layout
 from parallel.checkpoint.plan import Workload
 from parallel.checkpoint.plan_disk import SourceSize

@@ -8,7 +8,7 @@ from typing import Any
 from launcher.exam import Exam
 from launcher.schema import EvalSection
 from launcher.table import print_table
-from launcher.tasks.eval_result import Difference, ModelResult, majority, share, standard_error
+from launcher.tasks.eval.result import Difference, ModelResult, majority, share, standard_error
 
 
 def print_result(

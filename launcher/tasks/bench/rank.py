@@ -3,7 +3,7 @@
 Each batch size with each prompt length is one case: a barrier, the prefill, a barrier, the decode,
 several times over. Between the cases all ranks read memory at once: that is the ceiling. Rank 0
 prints a table and writes result.jsonl; the whole run of several sizes is the launcher's
-(launcher/tasks/bench_sizes.py).
+(launcher/tasks/bench/sizes.py).
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from launcher.job import Job, Prompt
 from launcher.progress import open_bar
 from launcher.ranks.rank import Rank
 from launcher.resolve import is_shape_alone, open_job
-from launcher.tasks.bench_case import Phase, Runner
-from launcher.tasks.bench_plot import draw_decode
-from launcher.tasks.bench_record import Host, Measured, Record, Run, make_record
-from launcher.tasks.bench_simulate import CollectiveCost
-from launcher.tasks.bench_table import print_records
-from launcher.tasks.bench_work import Case, cases, decode_work, num_steps, prefill_work
+from launcher.tasks.bench.case import Phase, Runner
+from launcher.tasks.bench.plot import draw_decode
+from launcher.tasks.bench.record import Host, Measured, Record, Run, make_record
+from launcher.tasks.bench.simulate import CollectiveCost
+from launcher.tasks.bench.table import print_records
+from launcher.tasks.bench.work import Case, cases, decode_work, num_steps, prefill_work
 from launcher.tasks.loading import open_decoder
 from parallel.checkpoint.layout import Layout
 from parallel.checkpoint.open import Checkpoint

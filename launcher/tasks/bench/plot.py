@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.picture import Axes, draw
-from launcher.tasks.bench_record import Record
+from launcher.tasks.bench.record import Record
 
 
 def draw_decode(records: Sequence[Record], path: Path) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from launcher.table import print_table
-from launcher.tasks.plan_machine import Machine
-from launcher.tasks.plan_placements import print_placements
-from launcher.tasks.plan_report import Report
-from launcher.tasks.plan_sizes import SizePlan
+from launcher.tasks.plan.machine import Machine
+from launcher.tasks.plan.placements import print_placements
+from launcher.tasks.plan.report import Report
+from launcher.tasks.plan.sizes import SizePlan
 
 
 def print_report(report: Report) -> None:

@@ -9,13 +9,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
 
-from launcher.tasks.bench_work import Case, Work
+from launcher.tasks.bench.work import Case, Work
 
 Record = dict[str, Any]
 
 
 class Phase(Protocol):
-    """What one rank saw; launcher/tasks/bench_case.py."""
+    """What one rank saw; launcher/tasks/bench/case.py."""
 
     @property
     def seconds(self) -> float: ...

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from launcher.tasks.bench_work import Case
+from launcher.tasks.bench.work import Case
 from parallel.generation.cache import KVCache
 from parallel.group import SimulatedGroup
 from parallel.model.decoder import Decoder, Segment, Step

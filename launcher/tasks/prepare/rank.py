@@ -12,10 +12,10 @@ from launcher.output import num_writers
 from launcher.progress import open_bar
 from launcher.ranks.rank import Rank
 from launcher.resolve import model_overrides
-from launcher.tasks.calibrate import calibrate_rank
-from launcher.tasks.prepare_job import calibrates
-from launcher.tasks.prepare_report import Report, write_report
-from launcher.tasks.prepare_summary import print_summary
+from launcher.tasks.prepare.calibrate import calibrate_rank
+from launcher.tasks.prepare.job import calibrates
+from launcher.tasks.prepare.report import Report, write_report
+from launcher.tasks.prepare.summary import print_summary
 from parallel.checkpoint.layout import Layout
 from parallel.checkpoint.open import open_checkpoint
 from parallel.checkpoint.source import Source

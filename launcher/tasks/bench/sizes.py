@@ -18,9 +18,9 @@ from launcher.job import Job
 from launcher.resolve import Resolved, check_effects, check_gpus, resolve
 from launcher.run_dir import RunDir
 from launcher.schema import Config
-from launcher.tasks.bench_plot import draw_decode
-from launcher.tasks.bench_record import Record, read_records
-from launcher.tasks.bench_work import cases
+from launcher.tasks.bench.plot import draw_decode
+from launcher.tasks.bench.record import Record, read_records
+from launcher.tasks.bench.work import cases
 from launcher.timeline import Timeline
 from parallel.model.config import ModelConfig
 

@@ -22,10 +22,10 @@ from launcher.resolve import (
     model_overrides,
 )
 from launcher.schema import Config
-from launcher.tasks.plan_machine import Machine, describe_machine
-from launcher.tasks.plan_report import Report
-from launcher.tasks.plan_sizes import plan_size
-from launcher.tasks.plan_table import print_report
+from launcher.tasks.plan.machine import Machine, describe_machine
+from launcher.tasks.plan.report import Report
+from launcher.tasks.plan.sizes import plan_size
+from launcher.tasks.plan.table import print_report
 from parallel.checkpoint.layout import Layout, make_layout
 from parallel.checkpoint.open import describe_layout
 from parallel.checkpoint.plan import Workload, unsupported_reason
@@ -144,6 +144,6 @@ def _picture(name: str | None) -> Path | None:
 
 def _draw(report: Report, path: Path) -> None:
     """JSON on stdout stays JSON."""
-    from launcher.tasks.plan_plot import draw_memory
+    from launcher.tasks.plan.plot import draw_memory
 
     print(draw_memory(report, path), file=sys.stderr)

@@ -10,7 +10,7 @@ from launcher.environment.worker import WorkerEnvironment
 from launcher.output import num_writers
 from launcher.resolve import Resolved, model_overrides, resolve
 from launcher.schema import Config
-from launcher.tasks.prepare_job import check_prepare, check_ranks
+from launcher.tasks.prepare.job import check_prepare, check_ranks
 
 
 def run(config: Config, environment: WorkerEnvironment) -> None:
@@ -29,7 +29,7 @@ def run(config: Config, environment: WorkerEnvironment) -> None:
     # One tensor a thread: torch's own threads would only get in each other's way.
     torch.set_num_threads(1)
     from launcher.tasks.checksums import check_all_shards
-    from launcher.tasks.prepare_summary import print_summary
+    from launcher.tasks.prepare.summary import print_summary
     from parallel.checkpoint.unfinished import unfinished_path
 
     check_all_shards(resolved.config, resolved.checkpoint)

@@ -11,7 +11,7 @@ from typing import Any
 from launcher.job import Job
 from launcher.run_dir import RunDir
 from launcher.table import print_table
-from launcher.tasks.prepare_plot import draw_errors
+from launcher.tasks.prepare.plot import draw_errors
 from parallel.calibration.held_out import Perplexities
 from parallel.calibration.result import LayerError
 from parallel.checkpoint.conversion import num_bytes

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.tasks.plan_machine import Machine
+from launcher.tasks.plan.machine import Machine
 from parallel.checkpoint.layout import Layout
 from parallel.checkpoint.plan import RankPlan, Workload, plan_rank, prefill_flops
 from parallel.checkpoint.plan_disk import SourceSize, prepared_bytes

@@ -1,0 +1,1 @@
+"""`bench`: how fast a checkpoint, or a shape with random weights, runs."""

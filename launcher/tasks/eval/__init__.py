@@ -1,0 +1,1 @@
+"""`eval`: perplexity and accuracy, of the original and the quantized model."""

@@ -1,0 +1,1 @@
+"""`plan`: what each rank will hold, and which sizes work. Needs no torch."""

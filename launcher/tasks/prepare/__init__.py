@@ -1,0 +1,1 @@
+"""`prepare`: quantized shards for each rank."""
