@@ -12,7 +12,7 @@ import yaml
 from launcher.failures import ConfigError
 from launcher.mindformers.translation import is_mindformers, translate
 from launcher.schema import VERBATIM, keys
-from parallel.checkpoint.mindformers.yaml_file import parse_yaml, where
+from parallel.checkpoint.mindformers.yaml_file import other_than_mapping, parse_yaml, where
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -40,19 +40,13 @@ def _load(path: Path) -> dict[str, Any]:
         ) from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or the 31st of February
         raise ConfigError(f"`config` {path} is not YAML ({where(error)}); correct it.") from error
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+    if other := other_than_mapping(values):
         raise ConfigError(
-            f"`config` {path} must be a mapping of keys, but holds {_kind(values)}; "
+            f"`config` {path} must be a mapping of keys, but holds {other}; "
             "write `key: value` lines."
         )
-    return values
-
-
-def _kind(values: Any) -> str:
-    if isinstance(values, dict):
-        strange = next(key for key in values if not isinstance(key, str))
-        return f"the key {strange!r}, which is not a string"
-    return "nothing" if values is None else f"a {type(values).__name__}"
+    mapping: dict[str, Any] = values
+    return mapping
 
 
 def _flatten(values: Mapping[str, Any], path: Path) -> dict[str, Any]:

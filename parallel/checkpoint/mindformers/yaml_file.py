@@ -53,12 +53,21 @@ def read_yaml_mapping(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is not readable YAML ({where(error)}); correct it."
         ) from error
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+    if other := other_than_mapping(values):
         raise CheckpointError(
-            f"{path} must be a mapping of keys, but holds {_kind(values)}; use a predict YAML of "
+            f"{path} must be a mapping of keys, but holds {other}; use a predict YAML of "
             "MindFormers, or a config.json."
         )
-    return values
+    mapping: dict[str, Any] = values
+    return mapping
+
+
+def other_than_mapping(values: Any) -> str | None:
+    """What a document holds that is no mapping of words; None: it is one."""
+    if not isinstance(values, dict):
+        return "nothing" if values is None else f"a {type(values).__name__}"
+    strange = [key for key in values if not isinstance(key, str)]
+    return f"the key {strange[0]!r}, which is not a string" if strange else None
 
 
 def where(error: Exception) -> str:
@@ -66,10 +75,6 @@ def where(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"line {error.problem_mark.line + 1}: {error.problem}"
     return reason(error)
-
-
-def _kind(values: Any) -> str:
-    return "other keys than words" if isinstance(values, dict) else f"a {type(values).__name__}"
 
 
 def _count(node: yaml.Node, known: dict[int, int]) -> int:
