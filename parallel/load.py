@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from parallel.checkpoint.layout import Layout
-from parallel.checkpoint.shard import check_inputs, read_weight
+from parallel.checkpoint.shard import check_inputs, read_stored
 from parallel.checkpoint.source import Source
 from parallel.group import Group
 from parallel.model.build import build_decoder
@@ -28,7 +28,7 @@ from parallel.model.placements import EMBEDDING, HEAD, Row
 from parallel.placement import Index, Split
 from quant.kernels import Kernel, make_ready
 from quant.kernels.reference import ReferenceKernel
-from quant.weight import QuantizedWeight, ReadyWeight, Weight, fuse
+from quant.weight import ReadyWeight, StoredWeight
 
 # Bytes of a page: one of each is touched, so that reading a mapped file counts as reading.
 PAGE_BYTES = 4096
@@ -142,15 +142,13 @@ class _Loader:
         parts = [
             self._place(
                 row,
-                read_weight(self.layout, timed, row, row.index(self.group.rank, self.group.size)),
+                read_stored(self.layout, timed, row, row.index(self.group.rank, self.group.size)),
             )
             for row in parameter.rows
         ]
         check_inputs(self.source, parameter.rows, parts)
         placed = time.perf_counter()
-        whole = parts[0] if len(parts) == 1 else fuse(parts)
-        del parts
-        weight = make_ready(self.kernel, whole) if parameter.is_product else whole
+        weight = make_ready(self.kernel, *parts)
         packed = time.perf_counter()
         convert_s = placed - start - timed.read_s
         return _Loaded(parameter.name, weight, timed.read_s, convert_s, packed - placed)
@@ -163,8 +161,8 @@ class _Loader:
             embedding = embedding[Split(0).index(shape, self.group.rank, self.group.size)[0]]
         return make_ready(self.kernel, embedding)
 
-    def _place(self, row: Row, weight: Weight) -> Weight:
-        if isinstance(weight, QuantizedWeight) or row.is_kv_scale:
+    def _place(self, row: Row, weight: StoredWeight | Tensor) -> StoredWeight | Tensor:
+        if not isinstance(weight, Tensor) or row.is_kv_scale:
             return weight.to(self.device)
         return weight.to(device=self.device, dtype=self.dtype)
 
