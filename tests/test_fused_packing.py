@@ -95,7 +95,7 @@ def test_packed_parts_multiply_as_each_alone_does_in_the_reference(grid):
     ("function", "bits"), [("pack", 8), ("pack_int4", 4), ("pack_nibbles", 4)], ids=str
 )
 def test_packing_writes_its_own_channels_and_no_others(function, bits, first):
-    num_rows, num_columns = 21, 88
+    num_rows, num_columns = 21, 112
     (weight,) = make_parts(Grid(bits), (num_rows,), (num_columns, 0))
     rows = pack_int4(weight.values_NK) if function == "pack_nibbles" else weight.values_NK
     packed = torch.full((2, num_columns * bits // 64, 32, 8), 0x55, dtype=torch.uint8)
