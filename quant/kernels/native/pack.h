@@ -21,8 +21,8 @@ void shardrun_pack(
 
 #define LEAST_TOUCHED (64 << 10) /* bytes; below it a system call is not worth it */
 
-/* Memory that is about to be written gets its pages all at once: that costs a third less than one
-   fault for each of them. A kernel that does not know how leaves it to the faults. */
+/* Memory that is about to be written gets its pages all at once: that was seen to cost less
+   than one fault for each of them. A kernel that does not know how leaves it to the faults. */
 static inline void touch_pages(void *p, int64_t num_bytes) {
 #ifdef __linux__
     if (num_bytes < LEAST_TOUCHED) return;
