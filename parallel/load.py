@@ -7,6 +7,7 @@ weights and what the threads have in hand.
 from __future__ import annotations
 
 import ctypes
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,17 +19,17 @@ import torch
 from torch import Tensor
 
 from parallel.checkpoint.layout import Layout
-from parallel.checkpoint.shard import check_inputs, read_weight
+from parallel.checkpoint.shard import check_inputs, read_stored
 from parallel.checkpoint.source import Source
 from parallel.group import Group
 from parallel.model.build import build_decoder
 from parallel.model.decoder import Decoder
 from parallel.model.parameters import Parameter, parameters
 from parallel.model.placements import EMBEDDING, HEAD, Row
-from parallel.placement import Index, Split
+from parallel.placement import Index, Split, index_shape
 from quant.kernels import Kernel, make_ready
 from quant.kernels.reference import ReferenceKernel
-from quant.weight import QuantizedWeight, ReadyWeight, Weight, fuse
+from quant.weight import ReadyWeight, StoredWeight
 
 # Bytes of a page: one of each is touched, so that reading a mapped file counts as reading.
 PAGE_BYTES = 4096
@@ -41,7 +42,7 @@ class LoadTimings:
     Attributes:
         wall_s: from the first byte to the decoder.
         read_s, convert_s, pack_s: seconds of the threads, added up: reading the source; quantizing
-            or converting to the compute dtype; joining and packing for the kernel.
+            or converting to the compute dtype; packing for the kernel, or joining.
         num_threads: parameters that were worked on at a time.
         weight_bytes: bytes of the weights as they lie in memory.
         disk_bytes: what the disk was read for this process, by the kernel's count; the rest was in the
@@ -88,7 +89,8 @@ def load_decoder(
     start, before = time.perf_counter(), _disk_bytes()
     loader = _Loader(layout, source, group, dtype, device, kernel or ReferenceKernel())
     timings = LoadTimings(num_threads=num_threads or torch.get_num_threads())
-    wanted = parameters(layout.table)
+    # The largest first: no thread is left alone with one at the end.
+    wanted = sorted(parameters(layout.table), key=loader.num_entries, reverse=True)
     weights: dict[str, ReadyWeight] = {}
     for loaded in _in_threads(loader, wanted, timings.num_threads):
         weights[loaded.name] = loaded.weight
@@ -142,18 +144,21 @@ class _Loader:
         parts = [
             self._place(
                 row,
-                read_weight(self.layout, timed, row, row.index(self.group.rank, self.group.size)),
+                read_stored(self.layout, timed, row, row.index(self.group.rank, self.group.size)),
             )
             for row in parameter.rows
         ]
         check_inputs(self.source, parameter.rows, parts)
         placed = time.perf_counter()
-        whole = parts[0] if len(parts) == 1 else fuse(parts)
-        del parts
-        weight = make_ready(self.kernel, whole) if parameter.is_product else whole
+        weight = make_ready(self.kernel, *parts)
         packed = time.perf_counter()
         convert_s = placed - start - timed.read_s
         return _Loaded(parameter.name, weight, timed.read_s, convert_s, packed - placed)
+
+    def num_entries(self, parameter: Parameter) -> int:
+        """Of this rank's part of it."""
+        indices = (row.index(self.group.rank, self.group.size) for row in parameter.rows)
+        return sum(math.prod(index_shape(index)) for index in indices)
 
     def tied_head(self, embedding: ReadyWeight) -> ReadyWeight:
         """This rank's rows of the embedding: a view, also of a whole one, unless it is packed."""
@@ -163,8 +168,8 @@ class _Loader:
             embedding = embedding[Split(0).index(shape, self.group.rank, self.group.size)[0]]
         return make_ready(self.kernel, embedding)
 
-    def _place(self, row: Row, weight: Weight) -> Weight:
-        if isinstance(weight, QuantizedWeight) or row.is_kv_scale:
+    def _place(self, row: Row, weight: StoredWeight | Tensor) -> StoredWeight | Tensor:
+        if not isinstance(weight, Tensor) or row.is_kv_scale:
             return weight.to(self.device)
         return weight.to(device=self.device, dtype=self.dtype)
 

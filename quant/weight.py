@@ -17,7 +17,7 @@ from quant.activations import (
     row_amax,
     row_scale,
 )
-from quant.numeric import dequantize
+from quant.numeric import dequantize, unpack_int4
 from quant.scheme import LinearScheme
 
 
@@ -187,17 +187,66 @@ def split_static(static_sums: Tensor, out_features: int) -> tuple[Tensor, Tensor
     return static_sums[:num_sums].view(num_rows, out_features), static_sums[num_sums:]
 
 
+@dataclass(frozen=True)
+class NibbleWeight:
+    """An int4 weight whose values are still as they are stored, two a byte.
+
+    A kernel that packs nibbles takes it so: its integers, a byte each, need never be in memory.
+
+    Attributes:
+        nibbles_NB: uint8 [out_features, ceil(in_features / 2)], as `pack_int4` gives them.
+        form: the weight that it becomes; its values are on `meta` and have a shape only.
+    """
+
+    nibbles_NB: Tensor
+    form: QuantizedWeight
+
+    def __post_init__(self) -> None:
+        num_rows, num_columns = self.form.shape
+        shape = (num_rows, -(-num_columns // 2))
+        assert self.nibbles_NB.shape == shape, (self.nibbles_NB.shape, self.form.shape)
+
+    def to(self, device: torch.device) -> NibbleWeight:
+        return replace(self, nibbles_NB=self.nibbles_NB.to(device))
+
+
 Weight = Tensor | QuantizedWeight
+StoredWeight = QuantizedWeight | NibbleWeight
 ReadyWeight = Weight | PackedWeight
+
+
+def form_of(weight: StoredWeight) -> QuantizedWeight:
+    """What a weight is; its values may have a shape only."""
+    return weight.form if isinstance(weight, NibbleWeight) else weight
+
+
+def unpacked(weight: StoredWeight) -> QuantizedWeight:
+    """The weight with a byte for each of its values."""
+    if isinstance(weight, QuantizedWeight):
+        return weight
+    values_NK = unpack_int4(weight.nibbles_NB, weight.form.shape[1])
+    return replace(weight.form, values_NK=values_NK).to(values_NK.device)
+
+
+def joined_shape(parts: Sequence[QuantizedWeight]) -> tuple[int, int]:
+    """Of weights of the same input as one."""
+    return sum(part.shape[0] for part in parts), parts[0].shape[1]
+
+
+def check_alike(parts: Sequence[QuantizedWeight]) -> None:
+    """Weights of the same input that become one must be quantized alike."""
+    kinds = {(part.scheme, part.first_column, part.shape[1]) for part in parts}
+    assert len(kinds) == 1, f"one product, one scheme, but {kinds}"
+    assert len(set(input_scales(parts))) <= 1, "one input, one scale"
 
 
 def fuse(weights: Sequence[Weight]) -> Weight:
     """Weights of the same input as one, their output channels one after the other: q, k, v."""
+    if len(weights) == 1:
+        return weights[0]
     if all(isinstance(weight, QuantizedWeight) for weight in weights):
         parts = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
-        kinds = {(part.scheme, part.first_column) for part in parts}
-        assert len(kinds) == 1, f"one product, one scheme, but {kinds}"
-        assert len(set(input_scales(parts))) <= 1, "one input, one scale"
+        check_alike(parts)
         return replace(
             parts[0],
             values_NK=torch.cat([part.values_NK for part in parts]),
@@ -208,10 +257,7 @@ def fuse(weights: Sequence[Weight]) -> Weight:
     return torch.cat(tensors)
 
 
-def input_scales(weights: Sequence[Weight]) -> list[float]:
+def input_scales(weights: Sequence[StoredWeight]) -> list[float]:
     """The scales of those with static activations; parts of one product must have the same."""
-    return [
-        float(weight.input_scale)
-        for weight in weights
-        if isinstance(weight, QuantizedWeight) and weight.input_scale is not None
-    ]
+    scales = [form_of(weight).input_scale for weight in weights]
+    return [float(scale) for scale in scales if scale is not None]

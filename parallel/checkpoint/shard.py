@@ -13,13 +13,26 @@ from parallel.errors import CheckpointError
 from parallel.model.placements import Row
 from parallel.placement import Index
 from quant.methods.rtn import round_to_nearest
-from quant.numeric import pack_int4, unpack_int4
+from quant.numeric import pack_int4
 from quant.scheme import LinearScheme
-from quant.weight import QuantizedWeight, Weight, input_scales
+from quant.weight import (
+    NibbleWeight,
+    QuantizedWeight,
+    StoredWeight,
+    Weight,
+    input_scales,
+    unpacked,
+)
 
 
 def read_weight(layout: Layout, source: Source, row: Row, index: Index) -> Weight:
-    """A slice of one tensor as the layout wants it.
+    """A slice of one tensor as the layout wants it; raises what `read_stored` does."""
+    weight = read_stored(layout, source, row, index)
+    return weight if isinstance(weight, Tensor) else unpacked(weight)
+
+
+def read_stored(layout: Layout, source: Source, row: Row, index: Index) -> StoredWeight | Tensor:
+    """A slice of one tensor as the layout wants it; int4 that is stored stays two values a byte.
 
     A weight that is quantized here is read by whole rows, whatever the slice: the scales of a
     row-parallel weight are those of the whole row, so the integers are the same at every size.
@@ -51,9 +64,11 @@ def weight_parts(row: Row, weight: Weight) -> dict[str, Tensor]:
     return parts
 
 
-def check_inputs(source: Source, rows: Sequence[Row], weights: Sequence[Weight]) -> None:
+def check_inputs(
+    source: Source, rows: Sequence[Row], weights: Sequence[StoredWeight | Tensor]
+) -> None:
     """Raise CheckpointError where the parts of one product would round their one input differently."""
-    scales = input_scales(weights)
+    scales = input_scales([weight for weight in weights if not isinstance(weight, Tensor)])
     if len(set(scales)) > 1:
         names = ", ".join(input_scale_name(row) for row in rows)
         raise CheckpointError(
@@ -81,7 +96,7 @@ def _read_kv_scale(source: Source, row: Row, index: Index) -> Tensor:
     return scale
 
 
-def _read_quantized(layout: Layout, source: Source, row: Row, index: Index) -> QuantizedWeight:
+def _read_quantized(layout: Layout, source: Source, row: Row, index: Index) -> StoredWeight:
     """From a prepared source: what `weight_parts` made of it, whatever size it was cut for."""
     scheme = layout.schemes[row.name]
     stored, scale_NG, *more = (
@@ -89,10 +104,11 @@ def _read_quantized(layout: Layout, source: Source, row: Row, index: Index) -> Q
     )
     input_scale = _checked_scale(source, row, more[0]) if more else None
     columns = index[1]
-    values_NK = unpack_int4(stored, columns.stop - columns.start) if scheme.bits == 4 else stored
+    shape = (len(stored), columns.stop - columns.start)
+    is_int4 = scheme.bits == 4
     first_column = columns.start % scheme.group_size if scheme.group_size else 0
-    return QuantizedWeight(
-        values_NK,
+    weight = QuantizedWeight(
+        torch.empty(shape, dtype=torch.int8, device="meta") if is_int4 else stored,
         scale_NG,
         scheme.activation_dtype,
         scheme.bits,
@@ -100,6 +116,7 @@ def _read_quantized(layout: Layout, source: Source, row: Row, index: Index) -> Q
         first_column,
         input_scale,
     )
+    return NibbleWeight(stored, weight) if is_int4 else weight
 
 
 def _checked_scale(source: Source, row: Row, scale: Tensor) -> Tensor:

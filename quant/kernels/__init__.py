@@ -8,10 +8,19 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from torch import Tensor
+
 from quant.kernels.native import NativeKernel
 from quant.kernels.reference import ReferenceKernel
 from quant.scheme import LinearScheme
-from quant.weight import PackedWeight, QuantizedWeight, ReadyWeight, Weight
+from quant.weight import (
+    PackedWeight,
+    QuantizedWeight,
+    ReadyWeight,
+    StoredWeight,
+    fuse,
+    unpacked,
+)
 
 
 class Kernel(Protocol):
@@ -39,8 +48,15 @@ def has_product(kernel: str, scheme: LinearScheme) -> bool:
     return scheme.weight_dtype == "int8" and scheme.group_size is None
 
 
-def make_ready(kernel: Kernel, weight: Weight) -> ReadyWeight:
-    """A weight as a product takes it: packed if it is quantized, else as it is."""
+def make_ready(kernel: Kernel, *parts: StoredWeight | Tensor) -> ReadyWeight:
+    """Weights of one input, such as q, k and v, as one product takes them: packed if quantized.
+
+    C packs each part from where it lies; other paths are given all of them joined.
+    """
+    quantized = [part for part in parts if not isinstance(part, Tensor)]
+    if isinstance(kernel, NativeKernel) and len(quantized) == len(parts):
+        return kernel.pack_parts(quantized)
+    weight = fuse([part if isinstance(part, Tensor) else unpacked(part) for part in parts])
     if not isinstance(weight, QuantizedWeight):
         return weight
     own = has_product(kernel.name, weight.scheme)

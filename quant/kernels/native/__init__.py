@@ -8,10 +8,12 @@ path is absent and the others do the work.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from quant.kernels.native.calls import instruction_sets
 from quant.kernels.native.int4 import GroupedNativeWeight
 from quant.kernels.native.int8 import Int8NativeWeight
-from quant.weight import PackedWeight, QuantizedWeight
+from quant.weight import PackedWeight, QuantizedWeight, StoredWeight, check_alike, form_of, unpacked
 
 
 class NativeKernel:
@@ -32,6 +34,12 @@ class NativeKernel:
         self.set_index = known[self.instruction_set]
 
     def pack(self, weight: QuantizedWeight) -> PackedWeight:
-        if weight.bits == 8 and weight.group_size is None:
-            return Int8NativeWeight(weight, self.set_index)
-        return GroupedNativeWeight(weight, self.set_index)
+        return self.pack_parts([weight])
+
+    def pack_parts(self, parts: Sequence[StoredWeight]) -> PackedWeight:
+        """Weights of one input as one, packed from where they lie: they are never joined before."""
+        forms = [form_of(part) for part in parts]
+        check_alike(forms)
+        if forms[0].bits == 8 and forms[0].group_size is None:
+            return Int8NativeWeight([unpacked(part) for part in parts], self.set_index)
+        return GroupedNativeWeight(parts, self.set_index)

@@ -193,23 +193,87 @@ static const set_t SETS[] = {
 
 /* ---- packing ---- */
 
-/* int8 [N, K] within [-8, 7], rows `stride` apart, into nibbles; K is a multiple of 8. */
-void shardrun_pack_int4(const int8_t *src, int64_t stride, int64_t N, int64_t K, uint32_t *packed) {
+/* int8 [N, K] within [-8, 7], rows `stride` apart, into nibbles, channels from `first` on; K is a
+   multiple of 8. */
+void shardrun_pack_int4(
+    const int8_t *src, int64_t stride, int64_t N, int64_t K, uint32_t *packed, int64_t first) {
     uint16_t pairs[STEP / 2][BLOCK];
-    for (int64_t n = 0; n < N; n += BLOCK)
+    for (int64_t n = 0, rows; n < N; n += rows) {
+        int64_t from = (first + n) % BLOCK;
+        rows = N - n < BLOCK - from ? N - n : BLOCK - from;
+        uint32_t *to = packed + (first + n - from) * (K / 8);
+        touch_pages(to, 4 * BLOCK * (K / 8));
         for (int64_t k = 0; k < K; k += STEP) {
-            int64_t columns = K - k < STEP ? K - k : STEP, rows = N - n < BLOCK ? N - n : BLOCK;
-            shardrun_pack(src + n * stride + k, stride, rows, columns, (int8_t *)pairs);
-            for (int64_t at = 0; at < columns / 2; at += 4, packed += BLOCK)
-                for (int c = 0; c < BLOCK; c++) {
+            int64_t columns = K - k < STEP ? K - k : STEP;
+            shardrun_pack(src + n * stride + k, stride, rows, columns, (int8_t *)pairs, from);
+            for (int64_t at = 0; at < columns / 2; at += 4, to += BLOCK)
+                for (int64_t c = from; c < from + rows; c++) {
                     uint32_t word = 0;
                     for (int i = 0; i < 4; i++) {
                         uint32_t pair = pairs[at + i][c]; /* the even column is the low byte */
                         word |= ((pair & 0xf) | (pair & 0xf00) << 8) << (4 * i);
                     }
-                    packed[c] = word;
+                    to[c] = word;
                 }
         }
+    }
+}
+
+/* Nibbles 0 to 7 of a word, or of each of four, as 0 2 4 6 1 3 5 7: twice, what lies in the middle
+   changes places. */
+typedef uint32_t v4u __attribute__((vector_size(16)));
+#define EVEN_FIRST(type)                                                                          \
+    ALWAYS type even_first_##type(type x) {                                                       \
+        type t = (x ^ (x >> 4)) & 0x00f000f0u;                                                    \
+        x ^= t ^ (t << 4);                                                                        \
+        t = (x ^ (x >> 8)) & 0x0000ff00u;                                                         \
+        return x ^ t ^ (t << 8);                                                                  \
+    }
+EVEN_FIRST(uint32_t)
+EVEN_FIRST(v4u)
+
+/* Words of 4 rows into to[k][row], as far as whole registers go; returns how many. */
+static int64_t transpose_4_rows(const uint8_t *src, int64_t stride, int64_t words, uint32_t *to) {
+    int64_t k = 0;
+#ifdef __x86_64__
+    for (; k + 4 <= words; k += 4) {
+        __m128i a[4], b[4];
+        for (int n = 0; n < 4; n++) {
+            v4u x;
+            memcpy(&x, src + n * stride + 4 * k, sizeof x);
+            a[n] = (__m128i)even_first_v4u(x);
+        }
+        for (int h = 0; h < 2; h++) {
+            b[2 * h] = _mm_unpacklo_epi32(a[2 * h], a[2 * h + 1]);
+            b[2 * h + 1] = _mm_unpackhi_epi32(a[2 * h], a[2 * h + 1]);
+        }
+        for (int h = 0; h < 2; h++) {
+            uint32_t *at = to + BLOCK * (k + 2 * h);
+            _mm_storeu_si128((__m128i *)at, _mm_unpacklo_epi64(b[h], b[2 + h]));
+            _mm_storeu_si128((__m128i *)(at + BLOCK), _mm_unpackhi_epi64(b[h], b[2 + h]));
+        }
+    }
+#endif
+    return k;
+}
+
+/* The same from nibbles as they are stored, the even column of a byte below the odd one; `stride`
+   bytes from row to row. */
+void shardrun_pack_nibbles(
+    const uint8_t *src, int64_t stride, int64_t N, int64_t K, uint32_t *packed, int64_t first) {
+    for (int64_t n = 0, done = 0; n < N; n++) {
+        int64_t at = (first + n) % BLOCK;
+        const uint8_t *row = src + n * stride;
+        uint32_t *block = packed + (first + n - at) * (K / 8);
+        if (n == 0 || at == 0) touch_pages(block, 4 * BLOCK * (K / 8));
+        if (n == 0 || at % 4 == 0)
+            done = at % 4 == 0 && n + 4 <= N ? transpose_4_rows(row, stride, K / 8, block + at) : 0;
+        for (int64_t k = done; k < K / 8; k++) {
+            uint32_t word = row[4 * k] | row[4 * k + 1] << 8 | row[4 * k + 2] << 16 |
+                            (uint32_t)row[4 * k + 3] << 24;
+            block[BLOCK * k + at] = even_first_uint32_t(word);
+        }
+    }
 }
 
 /* ---- the product ---- */

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,12 +13,21 @@ from quant.kernels.native.calls import TYPES, call, open_library
 from quant.kernels.native.weight import (
     BLOCK,
     NativeWeight,
+    Rows,
     bias_and_type,
     num_planes,
+    pack_blocks,
     with_columns,
     with_rows,
 )
-from quant.weight import PackedWeight, QuantizedWeight
+from quant.weight import (
+    NibbleWeight,
+    PackedWeight,
+    StoredWeight,
+    form_of,
+    joined_shape,
+    unpacked,
+)
 
 COLUMNS = 8  # whose nibbles lie in four bytes
 STEP = 128  # as in int4.c, a multiple of all group sizes
@@ -29,24 +40,26 @@ class GroupedNativeWeight(NativeWeight):
     An int4 weight with one scale a channel is one group, whose sums stay integers.
     """
 
-    def __init__(self, weight: QuantizedWeight, set_index: int) -> None:
+    def __init__(self, parts: Sequence[StoredWeight], set_index: int) -> None:
+        forms = [form_of(part) for part in parts]
+        weight, self.shape = forms[0], joined_shape(forms)
         size = weight.group_size or 0
         assert size == 0 or (size % COLUMNS == 0 and STEP % size == 0), weight.scheme
-        assert min(weight.shape) > 0, weight.shape
+        assert min(self.shape) > 0, self.shape
         self._set_index, self._bits = set_index, weight.bits
         # Groups begin at a multiple of 8 of the packed columns.
         self._before = weight.first_column % COLUMNS
         self._first = weight.first_column - self._before
-        self.packed = _pack(weight, self._before)
+        self.packed = _pack(parts, self.shape, weight.bits, self._before)
         self.group_size, self.activation_dtype = weight.group_size, weight.activation_dtype
         self.input_scale = weight.input_scale
-        self.shape = (weight.shape[0], weight.shape[1])
+        scale_NG = torch.cat([form.scale_NG for form in forms])
         self._scales: Tensor | None = None
         self.scale_N = torch.ones(1).expand(self.shape[0])
         if size:
-            self._scales = _block_scales(weight.scale_NG)
+            self._scales = _block_scales(scale_NG)
         else:
-            self.scale_N = weight.scale_NG.float().reshape(-1).contiguous()
+            self.scale_N = scale_NG.float().reshape(-1)
         held = self.scale_N if self._scales is None else self._scales
         self.nbytes = self.packed.nbytes + held.nbytes
 
@@ -78,18 +91,27 @@ class GroupedNativeWeight(NativeWeight):
         return out_MN
 
 
-def _pack(weight: QuantizedWeight, before: int) -> Tensor:
+def _pack(parts: Sequence[StoredWeight], shape: tuple[int, int], bits: int, before: int) -> Tensor:
     """[blocks, columns / 8, 32, bytes], with zeros for the columns that the eights lack."""
-    after = -(before + weight.shape[1]) % COLUMNS
-    values_NK = with_columns(weight.values_NK)
-    if before or after:
-        values_NK = F.pad(values_NK, (before, after))
-    num_blocks, num_eights = -(-weight.shape[0] // BLOCK), values_NK.shape[1] // COLUMNS
-    packed = torch.empty(num_blocks, num_eights, BLOCK, weight.bits, dtype=torch.uint8)
-    library = open_library()
-    pack = library.shardrun_pack_int4 if weight.bits == 4 else library.shardrun_pack
-    pack(values_NK.data_ptr(), values_NK.stride(0), *values_NK.shape, packed.data_ptr())
+    num_columns = before + shape[1] + -(before + shape[1]) % COLUMNS
+    packed = torch.empty(
+        -(-shape[0] // BLOCK), num_columns // COLUMNS, BLOCK, bits, dtype=torch.uint8
+    )
+    rows = (_rows(part, before, num_columns) for part in parts)
+    pack_blocks(rows, packed, (shape[0], num_columns))
     return packed
+
+
+def _rows(part: StoredWeight, before: int, num_columns: int) -> Rows:
+    """A part as C packs it: as it is stored, where its eights are those of the packed columns."""
+    library = open_library()
+    if isinstance(part, NibbleWeight) and num_columns == part.form.shape[1]:
+        return library.shardrun_pack_nibbles, with_columns(part.nibbles_NB)
+    weight = unpacked(part)
+    values_NK = with_columns(weight.values_NK)
+    if num_columns > weight.shape[1]:
+        values_NK = F.pad(values_NK, (before, num_columns - before - weight.shape[1]))
+    return library.shardrun_pack_int4 if weight.bits == 4 else library.shardrun_pack, values_NK
 
 
 def _block_scales(scale_NG: Tensor) -> Tensor:

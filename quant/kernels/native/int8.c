@@ -163,23 +163,21 @@ static int64_t transpose_8_rows(const int8_t *src, int64_t stride, int64_t pairs
     return k;
 }
 
-/* int8 [N, K], rows `stride` apart, into packed[ceil(N / 32)][ceil(K / 2)][32][2], zeros beyond. */
-void shardrun_pack(const int8_t *src, int64_t stride, int64_t N, int64_t K, int8_t *packed) {
+/* pack.h says what it does. */
+void shardrun_pack(
+    const int8_t *src, int64_t stride, int64_t N, int64_t K, int8_t *packed, int64_t first) {
     int64_t num_pairs = (K + 1) / 2;
-    for (int64_t n0 = 0; n0 < N; n0 += BLOCK) {
-        uint16_t *block = (uint16_t *)(packed + n0 * 2 * num_pairs);
-        int64_t rows = N - n0 < BLOCK ? N - n0 : BLOCK;
-        if (rows < BLOCK) memset(block, 0, 2 * BLOCK * num_pairs);
-        int64_t done = 0; /* pairs of these 8 rows that are packed already */
-        for (int64_t n = 0; n < rows; n++) {
-            const int8_t *row = src + (n0 + n) * stride;
-            if (n % 8 == 0)
-                done = n + 8 <= rows ? transpose_8_rows(row, stride, K / 2, block + n) : 0;
-            for (int64_t k = done; k < K / 2; k++) memcpy(block + BLOCK * k + n, row + 2 * k, 2);
-            if (K % 2) {
-                int8_t last[2] = {row[K - 1], 0};
-                memcpy(block + BLOCK * (num_pairs - 1) + n, last, 2);
-            }
+    for (int64_t n = 0, done = 0; n < N; n++) { /* done: pairs of these rows packed already */
+        int64_t at = (first + n) % BLOCK;
+        const int8_t *row = src + n * stride;
+        uint16_t *block = (uint16_t *)packed + (first + n - at) * num_pairs;
+        if (n == 0 || at == 0) touch_pages(block, 2 * BLOCK * num_pairs);
+        if (n == 0 || at % 8 == 0)
+            done = at % 8 == 0 && n + 8 <= N ? transpose_8_rows(row, stride, K / 2, block + at) : 0;
+        for (int64_t k = done; k < K / 2; k++) memcpy(block + BLOCK * k + at, row + 2 * k, 2);
+        if (K % 2) {
+            int8_t last[2] = {row[K - 1], 0};
+            memcpy(block + BLOCK * (num_pairs - 1) + at, last, 2);
         }
     }
 }

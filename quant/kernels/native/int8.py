@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,28 +14,28 @@ from quant.kernels.native.weight import (
     NativeWeight,
     bias_and_type,
     num_planes,
+    pack_blocks,
     with_columns,
     with_rows,
 )
-from quant.weight import QuantizedWeight, split_static
+from quant.weight import QuantizedWeight, joined_shape, split_static
 
 
 class Int8NativeWeight(NativeWeight):
     """Pairs of columns of 32 channels side by side."""
 
-    def __init__(self, weight: QuantizedWeight, set_index: int) -> None:
+    def __init__(self, parts: Sequence[QuantizedWeight], set_index: int) -> None:
+        weight, (out_features, in_features) = parts[0], joined_shape(parts)
         assert weight.bits == 8, weight.scheme
         assert weight.group_size is None, weight.scheme
-        out_features, in_features = weight.shape
         self._set_index = set_index
         self.packed = torch.empty(
             -(-out_features // BLOCK), -(-in_features // 2), BLOCK, 2, dtype=torch.int8
         )
-        values_NK = with_columns(weight.values_NK)
-        open_library().shardrun_pack(
-            values_NK.data_ptr(), values_NK.stride(0), *values_NK.shape, self.packed.data_ptr()
-        )
-        self.scale_N = weight.scale_NG.float().reshape(-1).contiguous()
+        pack = open_library().shardrun_pack
+        rows = ((pack, with_columns(part.values_NK)) for part in parts)
+        pack_blocks(rows, self.packed, (out_features, in_features))
+        self.scale_N = torch.cat([part.scale_NG.float().reshape(-1) for part in parts])
         self.activation_dtype = weight.activation_dtype
         self.input_scale = weight.input_scale
         self.shape = (out_features, in_features)

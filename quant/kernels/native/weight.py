@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,8 @@ from quant.kernels.native.calls import TYPES, call
 from quant.weight import PackedWeight, split_static
 
 BLOCK = 32  # as in epilogue.h
+# One of C's functions that pack, and the rows that it packs.
+Rows = tuple[Callable[..., Any], Tensor]
 
 
 class NativeWeight(PackedWeight):
@@ -94,6 +98,23 @@ class NativeWeight(PackedWeight):
         self, x_MK: Tensor, amax_M: Tensor | None, bias_N: Tensor | None, out_dtype: torch.dtype
     ) -> Tensor:
         """The sums where amax is given, as `sums` returns them; else the whole product."""
+
+
+def pack_blocks(parts: Iterable[Rows], packed: Tensor, shape: tuple[int, int]) -> None:
+    """Pack rows of one part after the other, each straight into its place.
+
+    Args:
+        parts: taken one at a time, so that what is made for one need not stay for the next.
+        packed: [blocks, ...], fresh memory; channels that the last block lacks become zeros.
+        shape: all rows, and their columns as they are packed.
+    """
+    if shape[0] % BLOCK:
+        packed[-1].zero_()
+    first = 0
+    for pack, rows in parts:
+        pack(rows.data_ptr(), rows.stride(0), len(rows), shape[1], packed.data_ptr(), first)
+        first += len(rows)
+    assert first == shape[0], (first, shape)
 
 
 def num_planes(levels: int) -> int:
