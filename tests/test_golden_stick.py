@@ -31,6 +31,7 @@ from tests.checkpoints import CONFIG, DEMO, TOKENIZER_FILES, write_checkpoint
 from tests.golden_stick import (
     CACHE,
     Write,
+    added,
     bits_of,
     fused,
     ptq_06,
@@ -80,6 +81,11 @@ class Case:
         return {**self.scheme, **self.block, "modules_to_not_convert": list(self.left_out)}
 
 
+# Of asymmetric static activations, by linear; those of one input are equal.
+ZERO_POINTS = {
+    "q_proj": 5, "k_proj": 5, "v_proj": 5, "o_proj": -128, "gate_proj": -21, "up_proj": -21,
+    "down_proj": 127,
+}  # fmt: skip
 A8 = {**W8, "activation_dtype": "int8"}
 STATIC = {"act_quant_granularity": "per_tensor"}
 CASES = {
@@ -124,7 +130,8 @@ def plain(source, tmp_path_factory):
 
 
 def truth_of(name: str, source: Path, plain: Path, folder: Path) -> dict[str, Tensor]:
-    """What prepare makes of the origin, with scales of static inputs that nobody calibrated."""
+    """What prepare makes of the origin, with scales and zero points of static inputs that nobody
+    calibrated."""
     origin = source if name == "c8" else plain
     truth = merged(prepare(origin, folder / name, 1, CASES[name].quant_scheme()))
     if CASES[name].is_static:
@@ -132,6 +139,8 @@ def truth_of(name: str, source: Path, plain: Path, folder: Path) -> dict[str, Te
             # Powers of two are what a product's scale can be divided by without rounding.
             power = -5 if module.endswith(("q_proj", "k_proj", "v_proj")) else -6
             truth[f"{module}.input_scale"] = torch.tensor([2.0**power])
+            zero_point = torch.tensor([ZERO_POINTS[module.rpartition(".")[2]]], dtype=torch.int8)
+            truth[f"{module}.input_zero_point"] = zero_point
     return truth
 
 
@@ -349,11 +358,21 @@ VALUES = {
     "zero point of a group": (
         "ptq 1 w4 g64", put(f"{W1}._layer.matmul.weight_zp", -2.0, 1), GATE,
         "zero points of its weight"),
-    "zero point of the input": (
-        "ptq 1 w8a8", put(f"{W2}.quant_op.input_zp", 5, 0), DOWN, "asymmetric activations"),
+    "another zero point": (
+        "ptq 1 w8a8", put(f"{W2}.quant_op.input_zp", 5, 0), DOWN,
+        "quant_bias must hold what makes up for the zero point 5 of .*input_zp, but does not"),
+    "zero point of a channel": (
+        "ptq 0.6 w8a8", put(f"{W1}.input_zp", 5), GATE,
+        "must be one zero point for all channels .* differ from -21 to 5"),
+    "zero point that is none": (
+        "ptq 1 w8a8", add(f"{W2}.quant_op.input_zp", torch.tensor([0.5])), DOWN,
+        r"must be an integer of 8 bits .*but is 0\.5"),
+    "zero point of 9 bits": (
+        "ptq 1 w8a8", add(f"{W2}.quant_op.input_zp", torch.tensor([128])), DOWN, "but is 128"),
     "bias of zero points": (
-        "ptq 1 w8a8", put(f"{W2}._layer.matmul.quant_bias", -4), DOWN, "quant_bias holds what zero"),
-    "bias of 0.6": ("ptq 0.6 w8a8", put(f"{W1}.weight_bias", 0.5), GATE, "weight_bias holds what zero"),
+        "ptq 1 w8a8", put(f"{W2}._layer.matmul.quant_bias", -4, 0), DOWN, "must hold what makes up"),
+    "bias of 0.6": (
+        "ptq 0.6 w8a8", put(f"{W1}.weight_bias", 0.5, 255), GATE, "weight_bias must hold what makes"),
     "smoothing": (
         "ptq 1", add(f"{W2}._layer.matmul.smooth_scale", 1 + IDS.float() / 512), DOWN,
         "factors of its input channels"),
@@ -455,6 +474,9 @@ def test_scale_of_a_product_gives_the_weights_scale_to_a_rounding(name, written,
     tensors[key] = scale
     found = weight * scale[0].float()
     tensors[product] = bits_of(found) if tensors[product].dtype == torch.int64 else found
+    if name == "ptq 0.6 w8a8":
+        values, zero_point = tensors[f"{W1}.weight"], ZERO_POINTS["gate_proj"]
+        tensors[f"{W1}.weight_bias"] = (-added(values, zero_point) * found).half()
     path = write_directory(tmp_path / "gs", tensors, MODEL, CASES[name].yaml_block())
     read = read_whole(path, GATE)
     assert read[f"{GATE}.input_scale"] == scale[0].float()

@@ -7,7 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from parallel.checkpoint.layout import SCALE_SUFFIX, Layout, input_scale_name, uncalibrated
+from parallel.checkpoint.layout import (
+    SCALE_SUFFIX,
+    Layout,
+    input_scale_name,
+    input_zero_point_name,
+    uncalibrated,
+)
 from parallel.checkpoint.source import Source
 from parallel.errors import CheckpointError
 from parallel.model.placements import Row
@@ -15,7 +21,7 @@ from parallel.placement import Index
 from quant.methods.rtn import round_to_nearest
 from quant.numeric import pack_int4, unpack_int4
 from quant.scheme import LinearScheme
-from quant.weight import QuantizedWeight, Weight, input_scales
+from quant.weight import QuantizedWeight, Weight, input_scales, input_zero_points
 
 
 def read_weight(layout: Layout, source: Source, row: Row, index: Index) -> Weight:
@@ -41,25 +47,33 @@ def read_weight(layout: Layout, source: Source, row: Row, index: Index) -> Weigh
 
 
 def weight_parts(row: Row, weight: Weight) -> dict[str, Tensor]:
-    """A weight as it is stored: name -> tensor; int4 as two values a byte."""
+    """A weight as it is stored: name -> tensor; int4 as two values a byte.
+
+    A static input's zero point is always said; the layout knows whether it is stored.
+    """
     if not isinstance(weight, QuantizedWeight):
         return {row.name: weight}
     values = pack_int4(weight.values_NK) if weight.bits == 4 else weight.values_NK
     parts = {row.name: values, row.name + SCALE_SUFFIX: weight.scale_NG}
     if weight.input_scale is not None:
         parts[input_scale_name(row)] = weight.input_scale
+        zero_point = torch.tensor([weight.input_zero_point], dtype=torch.int8)
+        parts[input_zero_point_name(row)] = zero_point
     return parts
 
 
 def check_inputs(source: Source, rows: Sequence[Row], weights: Sequence[Weight]) -> None:
     """Raise CheckpointError where the parts of one product would round their one input differently."""
-    scales = input_scales(weights)
-    if len(set(scales)) > 1:
-        names = ", ".join(input_scale_name(row) for row in rows)
-        raise CheckpointError(
-            f"{source.path}: {names} must be equal, as they are scales of one input, but are "
-            f"{', '.join(f'{scale:.6g}' for scale in scales)}; calibrate them together."
-        )
+    for what, name_of, found in (
+        ("scales", input_scale_name, input_scales(weights)),
+        ("zero points", input_zero_point_name, input_zero_points(weights)),
+    ):
+        if len(set(found)) > 1:
+            names = ", ".join(name_of(row) for row in rows)
+            raise CheckpointError(
+                f"{source.path}: {names} must be equal, as they are {what} of one input, but are "
+                f"{', '.join(f'{value:.6g}' for value in found)}; calibrate them together."
+            )
 
 
 def source_name(source: Source, row: Row) -> str:
@@ -88,6 +102,7 @@ def _read_quantized(layout: Layout, source: Source, row: Row, index: Index) -> Q
         source.read(part.name, part.cut(index)) for part in layout.parts[row.name]
     )
     input_scale = _checked_scale(source, row, more[0]) if more else None
+    zero_point = int(more[1]) if layout.has_zero_point(row) else 0
     columns = index[1]
     values_NK = unpack_int4(stored, columns.stop - columns.start) if scheme.bits == 4 else stored
     first_column = columns.start % scheme.group_size if scheme.group_size else 0
@@ -99,6 +114,7 @@ def _read_quantized(layout: Layout, source: Source, row: Row, index: Index) -> Q
         scheme.group_size,
         first_column,
         input_scale,
+        zero_point,
     )
 
 

@@ -39,7 +39,7 @@ class GroupedNativeWeight(NativeWeight):
         self._first = weight.first_column - self._before
         self.packed = _pack(weight, self._before)
         self.group_size, self.activation_dtype = weight.group_size, weight.activation_dtype
-        self.input_scale = weight.input_scale
+        self.input_scale, self.input_zero_point = weight.input_scale, weight.input_zero_point
         self.shape = (weight.shape[0], weight.shape[1])
         self._scales: Tensor | None = None
         self.scale_N = torch.ones(1).expand(self.shape[0])
