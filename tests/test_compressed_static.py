@@ -132,7 +132,7 @@ DAMAGED = {
     "a scale a channel": (put(f"{Q}.input_scale", torch.ones(128)), r"must be .*\[1\].*\[128\]"),
     "integer": (put(f"{Q}.input_scale", torch.ones(1, dtype=torch.int8)), "is int8"),
     "zero point": (put(f"{Q}.input_zero_point", torch.tensor([3], dtype=torch.int8)),
-                   f"{Q}.input_zero_point must be 0.*but is .3.*unquantized checkpoint"),
+                   f"{Q}.input_zero_point must be 0.*but is 3.*unquantized checkpoint"),
     "float zero point": (put(f"{Q}.input_zero_point", torch.zeros(1)), "is float32"),
     "of no linear": (put("model.norm.input_scale", torch.ones(1)), "model.norm.input_scale"),
 }  # fmt: skip

@@ -178,12 +178,11 @@ class CompressedSource:
             for name, linear in self._held.items()
             if (zero_point := zero_point_of(name)) in part_names(name, linear, self._files.tensors)
         }
-        for name, value in self._files.numbers(linears).items():
-            number = value[0] if isinstance(value, list) else value
+        for name, (number,) in self._files.numbers(linears).items():
             if not linears[name].is_asymmetric and number != 0:
                 raise CheckpointError(
                     f"{self.path}: {name} must be 0, as activations of symmetric integers have no "
-                    f"other, but is {value}; {_REMEDY}"
+                    f"other, but is {number}; {_REMEDY}"
                 )
             if not -128 <= number <= 127:
                 raise CheckpointError(
