@@ -48,6 +48,7 @@ from tests.models import RTN, generate
 from tests.test_export import is_equal
 from tests.test_model_files import SHAPE, write_yaml
 from tests.test_prepared import merged, prepare
+from tests.test_zero_points import round_inputs
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 96}
 MODEL = {**SHAPE, **SIZES}
@@ -134,14 +135,18 @@ def truth_of(name: str, source: Path, plain: Path, folder: Path) -> dict[str, Te
     calibrated."""
     origin = source if name == "c8" else plain
     truth = merged(prepare(origin, folder / name, 1, CASES[name].quant_scheme()))
-    if CASES[name].is_static:
-        for module in [key.removesuffix(".weight_scale") for key in truth if "weight_sc" in key]:
-            # Powers of two are what a product's scale can be divided by without rounding.
-            power = -5 if module.endswith(("q_proj", "k_proj", "v_proj")) else -6
-            truth[f"{module}.input_scale"] = torch.tensor([2.0**power])
-            zero_point = torch.tensor([ZERO_POINTS[module.rpartition(".")[2]]], dtype=torch.int8)
-            truth[f"{module}.input_zero_point"] = zero_point
-    return truth
+    return with_static_inputs(truth) if CASES[name].is_static else truth
+
+
+def with_static_inputs(truth: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = dict(truth)
+    for module in [key.removesuffix(".weight_scale") for key in truth if "weight_sc" in key]:
+        # Powers of two are what a product's scale can be divided by without rounding.
+        power = -5 if module.endswith(("q_proj", "k_proj", "v_proj")) else -6
+        found[f"{module}.input_scale"] = torch.tensor([2.0**power])
+        zero_point = torch.tensor([ZERO_POINTS[module.rpartition(".")[2]]], dtype=torch.int8)
+        found[f"{module}.input_zero_point"] = zero_point
+    return found
 
 
 def how_of(name: str) -> tuple[Write, int]:
@@ -499,6 +504,72 @@ def test_scale_of_a_part_of_a_row_is_refused(written, tmp_path):
     ):
         read_whole(path, DOWN)
     assert read_whole(path, GATE)
+
+
+@pytest.mark.parametrize("how", ["its own share", "all of it on one", "all of it on each"])
+def test_what_makes_up_for_a_zero_point_may_be_shared_by_ranks(how, written, tmp_path):
+    """Of the rows of w2, whose columns two ranks have; whatever they hold, it is counted once."""
+    tensors, name = written("ptq 1 w8a8"), f"{W2}._layer.matmul.quant_bias"
+    block = CASES["ptq 1 w8a8"].yaml_block()
+    path = write_directory(tmp_path / "gs", tensors, MODEL, block, size=2)
+    for rank in range(2):
+        held = rank_tensors(tensors, rank, 2)
+        if how == "its own share":
+            held[name] = -added(held[f"{W2}._layer.weight"], ZERO_POINTS["down_proj"])
+        elif how == "all of it on one" and rank == 1:
+            held[name] = torch.zeros_like(held[name])
+        write_ckpt(path / f"rank_{rank}" / "rtn-a16w8.ckpt", held)
+    assert read_whole(path, DOWN)[f"{DOWN}.input_zero_point"].item() == 127
+    held[name] = held[name] + 1
+    write_ckpt(path / "rank_1" / "rtn-a16w8.ckpt", held)
+    with pytest.raises(CheckpointError, match="must hold what makes up for the zero point 127"):
+        read_whole(path, DOWN)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_biases_that_were_added_to_are_those_of_the_model_again(size, tmp_path):
+    """Where the model has a bias, what makes up for a zero point has been added to it."""
+    origin = write_checkpoint(tmp_path / "hf", architectures=["Qwen2ForCausalLM"], **SIZES)
+    case = CASES["ptq 1 w8a8"]
+    truth = with_static_inputs(merged(prepare(origin, tmp_path / "tp1", 1, case.quant_scheme())))
+    tensors = their_tensors(truth, ptq_1)
+    for key in [key for key in tensors if key.endswith(".bias")]:
+        module = key.removesuffix(".bias")
+        correction = tensors.pop(f"{module}._layer.matmul.quant_bias")
+        tensors[key] = tensors[key] + correction * tensors[f"{module}._layer.matmul.dequant_scale"]
+    model = {**MODEL, "qkv_has_bias": True}
+    path = write_directory(tmp_path / "gs", tensors, model, case.yaml_block(), size=size)
+    again = merged(prepare(path, tmp_path / "again", 4, QuantScheme()))
+    biases = {name for name in truth if name.endswith(".bias")}
+    assert len(biases) == 6
+    for name in biases:
+        # Sums of hundreds, times a scale of 1e-4 or less: as large as the biases, in float32.
+        torch.testing.assert_close(again[name], truth[name], rtol=0, atol=2e-7)
+        assert not torch.allclose(tensors[their_name(name)], truth[name], atol=1e-3)
+    rest = truth.keys() - biases
+    assert is_equal({n: again[n] for n in rest}, {n: truth[n] for n in rest})
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "tps"), [("ptq 0.6 w8a8", 1, (2,)), ("ptq 1 w8a8", 2, (1, 4))]
+)
+def test_text_of_asymmetric_activations_is_that_of_the_model_in_float64(
+    name, size, tps, source, plain, written, tmp_path
+):
+    """Whole and by rank; the judge is transformers' model with inputs rounded as theirs are."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float64)
+    prompt, block = [1, 7, 30], CASES[name].yaml_block()
+    round_inputs(model, truth_of(name, source, plain, tmp_path))
+    with torch.no_grad():
+        out = model.generate(
+            torch.tensor([prompt]), max_new_tokens=8, do_sample=False, pad_token_id=0,
+            eos_token_id=None,
+        )  # fmt: skip
+    path = write_directory(tmp_path / "gs", written(name), MODEL, block, size=size)
+    for tp in tps:
+        found = generate(path, [prompt], tp, new_tokens=8)[0].token_ids
+        assert list(found) == out[0].tolist()[len(prompt) :]
 
 
 def test_rank_that_lacks_a_part_is_refused(written, tmp_path):

@@ -29,6 +29,7 @@ from quant.scheme import QuantScheme
 from quant.weight import QuantizedWeight, fuse
 from tests.checkpoints import write_checkpoint
 from tests.models import generate, load, logits
+from tests.test_captured import programs, texts
 from tests.test_compressed import Q, damage_config, damage_tensors, load_judge
 from tests.test_compressed import transformers as transformers
 from tests.test_export import export, is_equal, read_all
@@ -232,11 +233,19 @@ def test_logits_have_the_same_bits_at_every_size(compressed, prepared, size, ker
     assert torch.equal(logits(compressed, IDS, size, kernel=kernel), alone)
 
 
-def test_text_is_the_same_at_every_size_also_as_a_captured_program(prepared):
-    prompts, how = [[1, 5, 9], [1, 700]], {"dtype": torch.bfloat16, "kernel": KERNELS[-1]}
-    alone = generate(prepared[1], prompts, 1, dtype=torch.bfloat16, kernel=ReferenceKernel())
+def test_text_is_the_same_at_every_size_and_by_every_kernel(prepared):
+    prompts, how = [[1, 5, 9], [1, 700]], {"dtype": torch.bfloat16, "new_tokens": 8}
+    alone = generate(prepared[1], prompts, 1, kernel=ReferenceKernel(), **how)
     for size in (1, 2, 4):
-        assert generate(prepared[size], prompts, size, **how) == alone
+        assert generate(prepared[size], prompts, size, kernel=KERNELS[-1], **how) == alone
+
+
+@pytest.mark.skipif(not SETS, reason="no C compiler at installation")
+def test_decode_steps_are_captured(prepared):
+    how = {"dtype": torch.bfloat16, "kernel": NativeKernel()}
+    model = load(open_checkpoint(prepared[1]), LoneGroup(), **how)
+    texts(model)
+    assert len(programs(model)) == 3
 
 
 def rounding_input(scale: Tensor | None, zero_point: Tensor | None) -> Callable[..., tuple[Tensor]]:
@@ -253,16 +262,14 @@ def rounding_input(scale: Tensor | None, zero_point: Tensor | None) -> Callable[
     return rounded
 
 
-def wide_logits(model, tensors: dict[str, Tensor], ids: list[int]) -> Tensor:
-    """Of a float64 model of transformers, with quantized tensors of ours and their inputs rounded."""
+def round_inputs(model, tensors: dict[str, Tensor]) -> None:
+    """Give a float64 model of transformers quantized tensors of ours, and round their inputs."""
     for path, module in model.named_modules():
         if f"{path}.weight_scale" in tensors:
             values, scale = tensors[f"{path}.weight"], tensors[f"{path}.weight_scale"]
             module.weight.data = values.double() * scale.double()
             said = [tensors.get(f"{path}.input_{kind}") for kind in ("scale", "zero_point")]
             module.register_forward_pre_hook(rounding_input(*said))
-    with torch.no_grad():
-        return model(torch.tensor([ids])).logits[0, :-1]
 
 
 def test_logits_equal_those_of_the_asymmetric_model_in_float64(folder, prepared):
@@ -271,7 +278,9 @@ def test_logits_equal_those_of_the_asymmetric_model_in_float64(folder, prepared)
         folder / "source", dtype=torch.float64
     )
     symmetric = logits(folder / "symmetric", IDS, 1).double()
-    expected = wide_logits(model, merged(prepared[1]), IDS)
+    round_inputs(model, merged(prepared[1]))
+    with torch.no_grad():
+        expected = model(torch.tensor([IDS])).logits[0, :-1]
     for size in (1, 4):
         found = logits(prepared[size], IDS, size).double()
         # Room for an activation that float32 tips into the next integer.
