@@ -567,6 +567,9 @@ def test_text_of_asymmetric_activations_is_that_of_the_model_in_float64(
             eos_token_id=None,
         )  # fmt: skip
     path = write_directory(tmp_path / "gs", written(name), MODEL, block, size=size)
+    planned = describe_layout(path, QuantScheme(), {}, vocab_emb_dp=False)
+    opened = open_checkpoint(path).layout(QuantScheme())
+    assert [part.name for part in planned.tensors] == [part.name for part in opened.tensors]
     for tp in tps:
         found = generate(path, [prompt], tp, new_tokens=8)[0].token_ids
         assert list(found) == out[0].tolist()[len(prompt) :]
