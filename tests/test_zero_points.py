@@ -160,9 +160,8 @@ def test_fused_product_has_one_zero_point():
 # A product of several ranks
 
 
-@pytest.mark.parametrize("zero_point", [-128, 127])
 @pytest.mark.parametrize("kernel", KERNELS, ids=NAMES)
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(("size", "zero_point"), [(2, -128), (4, 127)])
 def test_parts_of_a_row_give_the_bits_of_the_whole(size, kernel, zero_point):
     weight, x, bias = make_asymmetric(40, 128, zero_point), make_rows(5, 128), torch.randn(40)
     x[2, 100] = torch.nan  # on the last rank alone
@@ -224,8 +223,7 @@ def prepared(compressed, folder) -> dict[int, Path]:
     }
 
 
-@pytest.mark.parametrize("kernel", [KERNELS[0], KERNELS[-1]], ids=[NAMES[0], NAMES[-1]])
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(("size", "kernel"), [(2, KERNELS[0]), (4, KERNELS[-1])], ids=["2", "4"])
 def test_logits_have_the_same_bits_at_every_size(compressed, prepared, size, kernel):
     alone = logits(prepared[1], IDS, 1)
     assert alone.isfinite().all()
@@ -234,9 +232,9 @@ def test_logits_have_the_same_bits_at_every_size(compressed, prepared, size, ker
 
 
 def test_text_is_the_same_at_every_size_and_by_every_kernel(prepared):
-    prompts, how = [[1, 5, 9], [1, 700]], {"dtype": torch.bfloat16, "new_tokens": 8}
+    prompts, how = [[1, 5, 9], [1, 700]], {"dtype": torch.bfloat16, "new_tokens": 5}
     alone = generate(prepared[1], prompts, 1, kernel=ReferenceKernel(), **how)
-    for size in (1, 2, 4):
+    for size in (1, 4):
         assert generate(prepared[size], prompts, size, kernel=KERNELS[-1], **how) == alone
 
 

@@ -46,7 +46,8 @@
     ATTRIBUTE static int row_clamp_##SUFFIX(                                                      \
         const void *x, int64_t K, float scale, int32_t zero_point, int16_t *q) {                  \
         const float magic = 12582912.0f;                                                          \
-        const int32_t lowest = -128 - zero_point, highest = 127 - zero_point;                     \
+        const int16_t lowest = (int16_t)(-128 - zero_point);                                      \
+        const int16_t highest = (int16_t)(127 - zero_point);                                      \
         int32_t most = 0;                                                                         \
         for (int64_t k = 0; k < K; k++) {                                                         \
             float value = widen(x, TYPE, k);                                                      \
@@ -61,9 +62,9 @@
             size = size < 0x43800000 ? size : 0x43800000;                                         \
             bits = size | (bits & (int32_t)0x80000000);                                           \
             memcpy(&value, &bits, sizeof bits);                                                   \
-            int32_t rounded = (int32_t)((value + magic) - magic);                                 \
+            int16_t rounded = (int16_t)(int32_t)((value + magic) - magic);                        \
             rounded = rounded < highest ? rounded : highest;                                      \
-            q[k] = (int16_t)(rounded > lowest ? rounded : lowest);                                \
+            q[k] = rounded > lowest ? rounded : lowest;                                           \
         }                                                                                         \
         return most < 0x7f800000;                                                                 \
     }
