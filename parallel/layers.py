@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.group import Group
-from quant.activations import MOST_INT32_COLUMNS
+from quant.activations import most_int32_columns
 from quant.elementwise import round_sums
 from quant.linear import linear
 from quant.weight import PackedWeight, ReadyWeight
@@ -84,7 +84,8 @@ class RowParallelLinear:
         return weight.activation_dtype == "int8" if self.exact_sums is None else self.exact_sums
 
     def _sum_of_whole_rows(self, local_x_MK: Tensor, weight: PackedWeight) -> Tensor:
-        assert weight.shape[1] * self.group.size <= MOST_INT32_COLUMNS or (
+        most_columns = most_int32_columns(weight.input_zero_point)
+        assert weight.shape[1] * self.group.size <= most_columns or (
             weight.activation_dtype is None
         ), "the integer sums would not fit"
         if weight.input_scale is not None:

@@ -22,10 +22,13 @@ RADIX = 254
 LEVELS_INT8 = 127
 # Beyond what calibration saw, static activations are clamped to all that int8 holds.
 STATIC_LOWEST, STATIC_HIGHEST = -128, 127
-# So many columns of int8 activations and weights add up within int32.
-MOST_INT32_COLUMNS = (2**31 - 1) // (128 * 128)
 # Below this the inverse of the scale would overflow; such rows are rounded more coarsely.
 LEAST_AMAX = 1e-30
+
+
+def most_int32_columns(zero_point: int = 0) -> int:
+    """So many columns of int8 weights and activations, less the zero point, add up within int32."""
+    return (2**31 - 1) // (128 * (128 + abs(zero_point)))
 
 
 def num_levels(x_dtype: torch.dtype, activation_dtype: str | None) -> int:
@@ -60,21 +63,28 @@ def quantize_rows(x_MK: Tensor, levels: int, amax_M: Tensor | None = None) -> tu
     return torch.where(is_finite_M[:, None], q_MK, 0.0), row_scale(amax_M, levels)
 
 
-def quantize_static(x_MK: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_static(x_MK: Tensor, scale: Tensor, zero_point: int = 0) -> tuple[Tensor, Tensor]:
     """Rows as integers of a scale that was calibrated: `clamp(round(x / scale), -128, 127)`.
+
+    With a zero point z an integer of 8 bits is `clamp(round(x / scale) + z, -128, 127)`, and stands
+    for itself less z. That difference is what is returned: it is x clamped to a range that z moves,
+    `clamp(round(x / scale), -128 - z, 127 - z)`, within +-255. So a product has nothing to correct,
+    and those of parts of a row add up as ever.
 
     The division is one, not a product with the reciprocal: its bits are those that calibration
     rounded by (quant/methods/layer.py). Other rows, or parts of a row, change nothing.
 
     Args:
         scale: float32 [1], above zero.
+        zero_point: -128 to 127; 0: symmetric activations.
 
     Returns:
         As `quantize_rows`: a row that holds an infinity or a NaN becomes zeros with the scale NaN.
         An infinity is damage, not a large value to clamp.
     """
     is_finite_M = row_amax(x_MK).isfinite()
-    q_MK = (x_MK.float() / scale).round_().clamp_(STATIC_LOWEST, STATIC_HIGHEST)
+    lowest, highest = STATIC_LOWEST - zero_point, STATIC_HIGHEST - zero_point
+    q_MK = (x_MK.float() / scale).round_().clamp_(lowest, highest)
     row_scale_M = torch.where(is_finite_M, scale, torch.nan)
     return torch.where(is_finite_M[:, None], q_MK, 0.0), row_scale_M
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from quant.activations import (
     LEVELS_INT8,
+    STATIC_HIGHEST,
+    STATIC_LOWEST,
     finish,
     num_levels,
     quantize_static,
@@ -33,6 +35,8 @@ class QuantizedWeight:
         group_size: columns that share a scale; None: a whole row does.
         first_column: the place of column 0 within its group: a rank's part may begin inside one.
         input_scale: float32 [1], of static int8 activations; None: they are none, or dynamic.
+        input_zero_point: the integer that stands for zero in static activations, -128 to 127; 0
+            where they are symmetric.
     """
 
     values_NK: Tensor
@@ -42,6 +46,7 @@ class QuantizedWeight:
     group_size: int | None = None
     first_column: int = 0
     input_scale: Tensor | None = None
+    input_zero_point: int = 0
 
     def __post_init__(self) -> None:
         shape = (self.values_NK.shape[0], self.num_groups)
@@ -50,6 +55,8 @@ class QuantizedWeight:
             assert self.activation_dtype == "int8", "static activations are int8"
             assert self.input_scale.shape == (1,), self.input_scale.shape
             assert self.input_scale.dtype == torch.float32, self.input_scale.dtype
+        assert self.input_scale is not None or self.input_zero_point == 0, "no static activations"
+        assert STATIC_LOWEST <= self.input_zero_point <= STATIC_HIGHEST, self.input_zero_point
 
     @property
     def shape(self) -> torch.Size:
@@ -112,6 +119,7 @@ class PackedWeight(ABC):
         group_size: as in QuantizedWeight; says what `sums` gives.
         input_scale: as in QuantizedWeight; where there is one, `static_sums` and `finish_static`
             stand in for `row_amax`, `sums` and `finish`, which know no static scale.
+        input_zero_point: as in QuantizedWeight.
     """
 
     shape: tuple[int, int]
@@ -120,6 +128,7 @@ class PackedWeight(ABC):
     activation_dtype: str | None
     group_size: int | None = None
     input_scale: Tensor | None = None
+    input_zero_point: int = 0
 
     @abstractmethod
     def sums(self, x_MK: Tensor, amax_M: Tensor) -> Tensor:
@@ -165,10 +174,14 @@ class PackedWeight(ABC):
         all-reduce is all that ranks need.
         """
         assert self.input_scale is not None, "dynamic activations"
-        q_MK, row_scale_M = quantize_static(x_MK, self.input_scale)
-        # Rows of whole numbers whose largest value is said to be 127 are their own integers.
-        sums_MN = self.sums(q_MK, torch.full_like(row_scale_M, LEVELS_INT8))
+        q_MK, row_scale_M = quantize_static(x_MK, self.input_scale, self.input_zero_point)
+        sums_MN = self.sums_of_integers(q_MK)
         return torch.cat([sums_MN.flatten(), row_scale_M.isnan().to(sums_MN.dtype)])
+
+    def sums_of_integers(self, q_MK: Tensor) -> Tensor:
+        """`sums` of activations that are whole numbers already, within +-255."""
+        # Rows of whole numbers whose largest value is said to be 127 are their own integers.
+        return self.sums(q_MK, q_MK.new_full((q_MK.shape[0],), LEVELS_INT8))
 
     def finish_static(
         self, static_sums: Tensor, bias_N: Tensor | None, out_dtype: torch.dtype
@@ -238,6 +251,7 @@ def check_alike(parts: Sequence[QuantizedWeight]) -> None:
     kinds = {(part.scheme, part.first_column, part.shape[1]) for part in parts}
     assert len(kinds) == 1, f"one product, one scheme, but {kinds}"
     assert len(set(input_scales(parts))) <= 1, "one input, one scale"
+    assert len(set(input_zero_points(parts))) <= 1, "one input, one zero point"
 
 
 def fuse(weights: Sequence[Weight]) -> Weight:
@@ -259,5 +273,17 @@ def fuse(weights: Sequence[Weight]) -> Weight:
 
 def input_scales(weights: Sequence[StoredWeight]) -> list[float]:
     """The scales of those with static activations; parts of one product must have the same."""
-    scales = [form_of(weight).input_scale for weight in weights]
-    return [float(scale) for scale in scales if scale is not None]
+    return [float(scale) for scale, _ in _static_inputs(weights)]
+
+
+def input_zero_points(weights: Sequence[StoredWeight]) -> list[int]:
+    """The zero points of those with static activations; parts of one product must have the same."""
+    return [zero_point for _, zero_point in _static_inputs(weights)]
+
+
+def _static_inputs(weights: Sequence[StoredWeight]) -> list[tuple[Tensor, int]]:
+    return [
+        (form.input_scale, form.input_zero_point)
+        for form in map(form_of, weights)
+        if form.input_scale is not None
+    ]

@@ -38,14 +38,19 @@ def bits_of(scale: Tensor) -> Tensor:
     return scale.float().view(torch.int32).to(torch.int64)
 
 
-def rtn_06(values: Tensor, scale: Tensor, input_scale: Tensor | None) -> Parts:
+def added(values: Tensor, zero_point: int) -> Tensor:
+    """int32: what a zero point of the input adds to the sums of rows."""
+    return (zero_point * values.int().sum(dim=1)).int()
+
+
+def rtn_06(values: Tensor, scale: Tensor, input_scale: Tensor | None, zero_point: int) -> Parts:
     assert input_scale is None
     scale = scale[:, 0]
     zeros = -torch.zeros_like(scale)
     return {"weight": values, "_weight_quantizer.scale": scale, "_weight_quantizer.zp_neg": zeros}
 
 
-def ptq_06(values: Tensor, scale: Tensor, input_scale: Tensor | None) -> Parts:
+def ptq_06(values: Tensor, scale: Tensor, input_scale: Tensor | None, zero_point: int) -> Parts:
     scale = scale[:, 0]
     if input_scale is None:
         zeros = -torch.zeros_like(scale)
@@ -55,12 +60,12 @@ def ptq_06(values: Tensor, scale: Tensor, input_scale: Tensor | None) -> Parts:
         "weight": values,
         "matmul.dequant_scale": bits_of(scale.float() * input_scale),
         "input_scale": input_scale.half().repeat(columns),
-        "input_zp": torch.zeros(columns, dtype=torch.int8),
-        "weight_bias": torch.zeros(len(values), dtype=torch.float16),
+        "input_zp": torch.full((columns,), zero_point, dtype=torch.int8),
+        "weight_bias": (-added(values, zero_point) * (scale.double() * input_scale)).half(),
     }
 
 
-def ptq_1(values: Tensor, scale: Tensor, input_scale: Tensor | None) -> Parts:
+def ptq_1(values: Tensor, scale: Tensor, input_scale: Tensor | None, zero_point: int) -> Parts:
     """A scale a channel is a vector, and of groups [groups, out]."""
     scale = scale[:, 0] if scale.shape[1] == 1 else scale.T.contiguous()
     if input_scale is None:
@@ -73,13 +78,15 @@ def ptq_1(values: Tensor, scale: Tensor, input_scale: Tensor | None) -> Parts:
     return {
         "_layer.weight": values,
         "_layer.matmul.dequant_scale": scale.float() * input_scale,
-        "_layer.matmul.quant_bias": torch.zeros(len(values), dtype=torch.int32),
+        "_layer.matmul.quant_bias": -added(values, zero_point),
         "quant_op.input_scale": input_scale.half(),
-        "quant_op.input_zp": torch.zeros(1, dtype=torch.int8),
+        "quant_op.input_zp": torch.tensor([zero_point], dtype=torch.int8),
     }
 
 
-def ptq_1_dynamic(values: Tensor, scale: Tensor, input_scale: Tensor | None) -> Parts:
+def ptq_1_dynamic(
+    values: Tensor, scale: Tensor, input_scale: Tensor | None, zero_point: int
+) -> Parts:
     assert input_scale is None
     return {"_layer.weight": values, "_layer.matmul.weight_scale": scale[:, 0].float()}
 
@@ -90,7 +97,7 @@ def packed(values: Tensor) -> Tensor:
     return (nibbles[:, ::2] | nibbles[:, 1::2] << 4).to(torch.uint8)
 
 
-Write = Callable[[Tensor, Tensor, Tensor | None], Parts]
+Write = Callable[[Tensor, Tensor, Tensor | None, int], Parts]
 
 
 def their_tensors(tensors: Mapping[str, Tensor], write: Write, bits: int = 8) -> dict[str, Tensor]:
@@ -98,7 +105,7 @@ def their_tensors(tensors: Mapping[str, Tensor], write: Write, bits: int = 8) ->
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         module = name.rpartition(".")[0]
-        if name.endswith(("_scale",)):
+        if name.endswith((".input_zero_point", "_scale")):
             if name.endswith((".k_scale", ".v_scale")):
                 prefix = module.replace("self_attn", CACHE)
                 word = "key" if name.endswith(".k_scale") else "value"
@@ -110,7 +117,8 @@ def their_tensors(tensors: Mapping[str, Tensor], write: Write, bits: int = 8) ->
             found[their_name(name)] = tensor
             continue
         values = unpacked(tensor) if bits == 4 else tensor
-        parts = write(values, scale, tensors.get(f"{module}.input_scale"))
+        zero_point = int(tensors.get(f"{module}.input_zero_point", 0))
+        parts = write(values, scale, tensors.get(f"{module}.input_scale"), zero_point)
         for part, value in parts.items():
             is_packed = bits == 4 and part.endswith("weight")
             found[f"{their_name(module)}.{part}"] = packed(value) if is_packed else value

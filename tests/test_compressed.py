@@ -15,7 +15,11 @@ from launcher.__main__ import main
 from launcher.prompts import DEMO_PROMPTS
 from launcher.resolve import DEMO
 from launcher.text import open_tokenizer
-from parallel.checkpoint.compressed_config import write_quantization
+from parallel.checkpoint.compressed_config import (
+    CompressedLinear,
+    format_of,
+    write_quantization,
+)
 from parallel.checkpoint.compressed_groups import read_quantization, to_scheme
 from parallel.checkpoint.compressed_words import from_words, num_words, to_words, words_of
 from parallel.checkpoint.open import open_checkpoint
@@ -255,7 +259,8 @@ def test_a_name_comes_before_a_class_and_ignore_before_both():
 @pytest.mark.parametrize("name", SCHEMES)
 def test_what_is_written_is_read_as_the_same_schemes(name):
     schemes = make_scheme(name).for_modules(MODULES)
-    config = {"quantization_config": write_quantization(schemes)}
+    held = {name: at and CompressedLinear(at, format_of(at)) for name, at in schemes.items()}
+    config = {"quantization_config": write_quantization(held)}
     linears = read_quantization(json.loads(json.dumps(config)), MODULES, "config.json")
     assert {name: linear and linear.scheme for name, linear in linears.items()} == schemes
     assert to_scheme(linears).for_modules(MODULES) == schemes

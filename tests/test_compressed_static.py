@@ -10,7 +10,11 @@ import pytest
 import torch
 
 from launcher.resolve import DEMO
-from parallel.checkpoint.compressed_config import write_quantization
+from parallel.checkpoint.compressed_config import (
+    CompressedLinear,
+    format_of,
+    write_quantization,
+)
 from parallel.checkpoint.compressed_groups import read_quantization, to_scheme
 from parallel.checkpoint.open import describe_layout, open_checkpoint
 from parallel.checkpoint.readers.huggingface import INDEX_NAME
@@ -99,7 +103,8 @@ def test_zero_points_and_scalars_of_old_are_planned_opened_and_change_nothing(ex
 def test_static_dynamic_and_float_activations_stand_beside_each_other(rest):
     static = LinearScheme("int8", None, "int8", "per_tensor")
     schemes = {name: rest if "mlp" in name else static for name in MODULES[:-1]}
-    config = {"quantization_config": write_quantization({**schemes, "lm_head": None})}
+    linears = {name: CompressedLinear(at, format_of(at)) for name, at in schemes.items()}
+    config = {"quantization_config": write_quantization({**linears, "lm_head": None})}
     linears = read_quantization(config, MODULES, "config.json")
     found = {name: linear.scheme for name, linear in linears.items() if linear}
     assert found == schemes
@@ -112,7 +117,7 @@ def test_static_dynamic_and_float_activations_stand_beside_each_other(rest):
         (W8, {**A8, "dynamic": False}, "dynamic must be true beside its strategy"),
         (W8, {**A8_STATIC, "dynamic": True}, "dynamic must be false beside its strategy"),
         (W8, {**A8_STATIC, "dynamic": "local"}, "dynamic must be true or false"),
-        (W8, {**A8_STATIC, "symmetric": False}, "symmetric must be true .*zero points"),
+        (W8, {**A8, "symmetric": False}, "symmetric must be true .*zero points of each row"),
         (W4, A8_STATIC, "strategy must be token beside weights of 4 bits"),
     ],
 )
@@ -127,7 +132,7 @@ DAMAGED = {
     "a scale a channel": (put(f"{Q}.input_scale", torch.ones(128)), r"must be .*\[1\].*\[128\]"),
     "integer": (put(f"{Q}.input_scale", torch.ones(1, dtype=torch.int8)), "is int8"),
     "zero point": (put(f"{Q}.input_zero_point", torch.tensor([3], dtype=torch.int8)),
-                   f"{Q}.input_zero_point must be 0.*but is .3.*unquantized checkpoint"),
+                   f"{Q}.input_zero_point must be 0.*but is 3.*unquantized checkpoint"),
     "float zero point": (put(f"{Q}.input_zero_point", torch.zeros(1)), "is float32"),
     "of no linear": (put("model.norm.input_scale", torch.ones(1)), "model.norm.input_scale"),
 }  # fmt: skip

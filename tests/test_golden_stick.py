@@ -31,6 +31,7 @@ from tests.checkpoints import CONFIG, DEMO, TOKENIZER_FILES, write_checkpoint
 from tests.golden_stick import (
     CACHE,
     Write,
+    added,
     bits_of,
     fused,
     ptq_06,
@@ -47,6 +48,7 @@ from tests.models import RTN, generate
 from tests.test_export import is_equal
 from tests.test_model_files import SHAPE, write_yaml
 from tests.test_prepared import merged, prepare
+from tests.test_zero_points import round_inputs
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 96}
 MODEL = {**SHAPE, **SIZES}
@@ -80,6 +82,11 @@ class Case:
         return {**self.scheme, **self.block, "modules_to_not_convert": list(self.left_out)}
 
 
+# Of asymmetric static activations, by linear; those of one input are equal.
+ZERO_POINTS = {
+    "q_proj": 5, "k_proj": 5, "v_proj": 5, "o_proj": -128, "gate_proj": -21, "up_proj": -21,
+    "down_proj": 127,
+}  # fmt: skip
 A8 = {**W8, "activation_dtype": "int8"}
 STATIC = {"act_quant_granularity": "per_tensor"}
 CASES = {
@@ -124,15 +131,22 @@ def plain(source, tmp_path_factory):
 
 
 def truth_of(name: str, source: Path, plain: Path, folder: Path) -> dict[str, Tensor]:
-    """What prepare makes of the origin, with scales of static inputs that nobody calibrated."""
+    """What prepare makes of the origin, with scales and zero points of static inputs that nobody
+    calibrated."""
     origin = source if name == "c8" else plain
     truth = merged(prepare(origin, folder / name, 1, CASES[name].quant_scheme()))
-    if CASES[name].is_static:
-        for module in [key.removesuffix(".weight_scale") for key in truth if "weight_sc" in key]:
-            # Powers of two are what a product's scale can be divided by without rounding.
-            power = -5 if module.endswith(("q_proj", "k_proj", "v_proj")) else -6
-            truth[f"{module}.input_scale"] = torch.tensor([2.0**power])
-    return truth
+    return with_static_inputs(truth) if CASES[name].is_static else truth
+
+
+def with_static_inputs(truth: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = dict(truth)
+    for module in [key.removesuffix(".weight_scale") for key in truth if "weight_sc" in key]:
+        # Powers of two are what a product's scale can be divided by without rounding.
+        power = -5 if module.endswith(("q_proj", "k_proj", "v_proj")) else -6
+        found[f"{module}.input_scale"] = torch.tensor([2.0**power])
+        zero_point = torch.tensor([ZERO_POINTS[module.rpartition(".")[2]]], dtype=torch.int8)
+        found[f"{module}.input_zero_point"] = zero_point
+    return found
 
 
 def how_of(name: str) -> tuple[Write, int]:
@@ -349,11 +363,21 @@ VALUES = {
     "zero point of a group": (
         "ptq 1 w4 g64", put(f"{W1}._layer.matmul.weight_zp", -2.0, 1), GATE,
         "zero points of its weight"),
-    "zero point of the input": (
-        "ptq 1 w8a8", put(f"{W2}.quant_op.input_zp", 5, 0), DOWN, "asymmetric activations"),
+    "another zero point": (
+        "ptq 1 w8a8", put(f"{W2}.quant_op.input_zp", 5, 0), DOWN,
+        "quant_bias must hold what makes up for the zero point 5 of .*input_zp, but does not"),
+    "zero point of a channel": (
+        "ptq 0.6 w8a8", put(f"{W1}.input_zp", 5), GATE,
+        "must be one zero point for all channels .* differ from -21 to 5"),
+    "zero point that is none": (
+        "ptq 1 w8a8", add(f"{W2}.quant_op.input_zp", torch.tensor([0.5])), DOWN,
+        r"must be an integer of 8 bits .*but is 0\.5"),
+    "zero point of 9 bits": (
+        "ptq 1 w8a8", add(f"{W2}.quant_op.input_zp", torch.tensor([128])), DOWN, "but is 128"),
     "bias of zero points": (
-        "ptq 1 w8a8", put(f"{W2}._layer.matmul.quant_bias", -4), DOWN, "quant_bias holds what zero"),
-    "bias of 0.6": ("ptq 0.6 w8a8", put(f"{W1}.weight_bias", 0.5), GATE, "weight_bias holds what zero"),
+        "ptq 1 w8a8", put(f"{W2}._layer.matmul.quant_bias", -4, 0), DOWN, "must hold what makes up"),
+    "bias of 0.6": (
+        "ptq 0.6 w8a8", put(f"{W1}.weight_bias", 0.5, 255), GATE, "weight_bias must hold what makes"),
     "smoothing": (
         "ptq 1", add(f"{W2}._layer.matmul.smooth_scale", 1 + IDS.float() / 512), DOWN,
         "factors of its input channels"),
@@ -455,6 +479,9 @@ def test_scale_of_a_product_gives_the_weights_scale_to_a_rounding(name, written,
     tensors[key] = scale
     found = weight * scale[0].float()
     tensors[product] = bits_of(found) if tensors[product].dtype == torch.int64 else found
+    if name == "ptq 0.6 w8a8":
+        values, zero_point = tensors[f"{W1}.weight"], ZERO_POINTS["gate_proj"]
+        tensors[f"{W1}.weight_bias"] = (-added(values, zero_point) * found).half()
     path = write_directory(tmp_path / "gs", tensors, MODEL, CASES[name].yaml_block())
     read = read_whole(path, GATE)
     assert read[f"{GATE}.input_scale"] == scale[0].float()
@@ -477,6 +504,75 @@ def test_scale_of_a_part_of_a_row_is_refused(written, tmp_path):
     ):
         read_whole(path, DOWN)
     assert read_whole(path, GATE)
+
+
+@pytest.mark.parametrize("how", ["its own share", "all of it on one", "all of it on each"])
+def test_what_makes_up_for_a_zero_point_may_be_shared_by_ranks(how, written, tmp_path):
+    """Of the rows of w2, whose columns two ranks have; whatever they hold, it is counted once."""
+    tensors, name = written("ptq 1 w8a8"), f"{W2}._layer.matmul.quant_bias"
+    block = CASES["ptq 1 w8a8"].yaml_block()
+    path = write_directory(tmp_path / "gs", tensors, MODEL, block, size=2)
+    for rank in range(2):
+        held = rank_tensors(tensors, rank, 2)
+        if how == "its own share":
+            held[name] = -added(held[f"{W2}._layer.weight"], ZERO_POINTS["down_proj"])
+        elif how == "all of it on one" and rank == 1:
+            held[name] = torch.zeros_like(held[name])
+        write_ckpt(path / f"rank_{rank}" / "rtn-a16w8.ckpt", held)
+    assert read_whole(path, DOWN)[f"{DOWN}.input_zero_point"].item() == 127
+    held[name] = held[name] + 1
+    write_ckpt(path / "rank_1" / "rtn-a16w8.ckpt", held)
+    with pytest.raises(CheckpointError, match="must hold what makes up for the zero point 127"):
+        read_whole(path, DOWN)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_biases_that_were_added_to_are_those_of_the_model_again(size, tmp_path):
+    """Where the model has a bias, what makes up for a zero point has been added to it."""
+    origin = write_checkpoint(tmp_path / "hf", architectures=["Qwen2ForCausalLM"], **SIZES)
+    case = CASES["ptq 1 w8a8"]
+    truth = with_static_inputs(merged(prepare(origin, tmp_path / "tp1", 1, case.quant_scheme())))
+    tensors = their_tensors(truth, ptq_1)
+    for key in [key for key in tensors if key.endswith(".bias")]:
+        module = key.removesuffix(".bias")
+        correction = tensors.pop(f"{module}._layer.matmul.quant_bias")
+        tensors[key] = tensors[key] + correction * tensors[f"{module}._layer.matmul.dequant_scale"]
+    model = {**MODEL, "qkv_has_bias": True}
+    path = write_directory(tmp_path / "gs", tensors, model, case.yaml_block(), size=size)
+    again = merged(prepare(path, tmp_path / "again", 4, QuantScheme()))
+    biases = {name for name in truth if name.endswith(".bias")}
+    assert len(biases) == 6
+    for name in biases:
+        # Sums of hundreds, times a scale of 1e-4 or less: as large as the biases, in float32.
+        torch.testing.assert_close(again[name], truth[name], rtol=0, atol=2e-7)
+        assert not torch.allclose(tensors[their_name(name)], truth[name], atol=1e-3)
+    rest = truth.keys() - biases
+    assert is_equal({n: again[n] for n in rest}, {n: truth[n] for n in rest})
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "tps"), [("ptq 0.6 w8a8", 1, (2,)), ("ptq 1 w8a8", 2, (1, 4))]
+)
+def test_text_of_asymmetric_activations_is_that_of_the_model_in_float64(
+    name, size, tps, source, plain, written, tmp_path
+):
+    """Whole and by rank; the judge is transformers' model with inputs rounded as theirs are."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float64)
+    prompt, block = [1, 7, 30], CASES[name].yaml_block()
+    round_inputs(model, truth_of(name, source, plain, tmp_path))
+    with torch.no_grad():
+        out = model.generate(
+            torch.tensor([prompt]), max_new_tokens=8, do_sample=False, pad_token_id=0,
+            eos_token_id=None,
+        )  # fmt: skip
+    path = write_directory(tmp_path / "gs", written(name), MODEL, block, size=size)
+    planned = describe_layout(path, QuantScheme(), {}, vocab_emb_dp=False)
+    opened = open_checkpoint(path).layout(QuantScheme())
+    assert [part.name for part in planned.tensors] == [part.name for part in opened.tensors]
+    for tp in tps:
+        found = generate(path, [prompt], tp, new_tokens=8)[0].token_ids
+        assert list(found) == out[0].tolist()[len(prompt) :]
 
 
 def test_rank_that_lacks_a_part_is_refused(written, tmp_path):

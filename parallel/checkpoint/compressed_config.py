@@ -31,10 +31,12 @@ class CompressedLinear:
 
     Attributes:
         format: PACKED or INTEGERS.
+        is_asymmetric: whether its static input has a zero point.
     """
 
     scheme: LinearScheme
     format: str
+    is_asymmetric: bool = False
 
 
 def format_of(scheme: LinearScheme) -> str:
@@ -55,28 +57,28 @@ def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != KEY}
 
 
-def write_quantization(schemes: Mapping[str, LinearScheme | None]) -> dict[str, Any]:
+def write_quantization(linears: Mapping[str, CompressedLinear | None]) -> dict[str, Any]:
     """The `quantization_config` of a model.
 
     Args:
-        schemes: of each linear module; None: it is not quantized, and goes to `ignore`.
+        linears: each linear module; None: it is not quantized, and goes to `ignore`.
     """
-    modules = tuple(schemes)
-    kinds = list(dict.fromkeys(scheme for scheme in schemes.values() if scheme is not None))
-    formats = {format_of(kind) for kind in kinds}
+    modules = tuple(linears)
+    kinds = list(dict.fromkeys(linear for linear in linears.values() if linear is not None))
+    formats = {kind.format for kind in kinds}
     is_mixed = len(formats) > 1
     groups = {}
     for number, kind in enumerate(kinds):
-        members = [name for name in modules if schemes[name] == kind]
+        members = [name for name in modules if linears[name] == kind]
         targets = _class_target(members) if len(kinds) == 1 else _targets(members, modules)
-        own_format = {"format": format_of(kind)} if is_mixed else {}
+        own_format = {"format": kind.format} if is_mixed else {}
         groups[f"group_{number}"] = {**own_format, **_group(kind, targets)}
     return {
         "quant_method": METHOD,
         "format": MIXED if is_mixed else next(iter(formats)),
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": _targets([name for name in modules if schemes[name] is None], modules),
+        "ignore": _targets([name for name in modules if linears[name] is None], modules),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
@@ -95,7 +97,8 @@ def _targets(members: Iterable[str], modules: tuple[str, ...]) -> list[str]:
     ]
 
 
-def _group(scheme: LinearScheme, targets: list[str]) -> dict[str, Any]:
+def _group(linear: CompressedLinear, targets: list[str]) -> dict[str, Any]:
+    scheme = linear.scheme
     return {
         "targets": targets,
         "weights": {
@@ -106,20 +109,20 @@ def _group(scheme: LinearScheme, targets: list[str]) -> dict[str, Any]:
             "group_size": scheme.group_size,
             "dynamic": False,
         },
-        "input_activations": _activations(scheme),
+        "input_activations": _activations(linear),
         "output_activations": None,
     }
 
 
-def _activations(scheme: LinearScheme) -> dict[str, Any] | None:
+def _activations(linear: CompressedLinear) -> dict[str, Any] | None:
     """Per token, from each row as it comes; per tensor, with a scale that is in the checkpoint."""
-    if scheme.activation_dtype is None:
+    if linear.scheme.activation_dtype is None:
         return None
-    is_static = scheme.act_granularity == "per_tensor"
+    is_static = linear.scheme.is_static
     return {
         "num_bits": 8,
         "type": "int",
-        "symmetric": True,
+        "symmetric": not linear.is_asymmetric,
         "strategy": "tensor" if is_static else "token",
         "group_size": None,
         "dynamic": not is_static,

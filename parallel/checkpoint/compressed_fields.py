@@ -82,13 +82,12 @@ GROUP: Mapping[str, Field] = {
     "format": _one_of(PACKED, INTEGERS, None),
 }
 _INT = _one_of("int", because="fp8 and other floats are not read", default="int")
-_SYMMETRIC = _one_of(True, because="zero points are not read", default=True)
-# Of the calibration that was, and of zero points that symmetric scales have none of.
+# Of the calibration that was, and of the dtype of zero points, which the file says too.
 _PAST = {"observer": _ANY, "observer_kwargs": _ANY, "zp_dtype": _ANY}
 WEIGHTS: Mapping[str, Field] = {
     "num_bits": _one_of(8, 4, default=8),
     "type": _INT,
-    "symmetric": _SYMMETRIC,
+    "symmetric": _one_of(True, because="zero points of weights are not read", default=True),
     "strategy": _one_of("channel", "group", because="other scales are not read"),
     "group_size": _one_of(*GROUP_SIZES, -1, None),
     "dynamic": _one_of(False, because="weights have scales of their own", default=False),
@@ -101,7 +100,7 @@ WEIGHTS: Mapping[str, Field] = {
 ACTIVATIONS: Mapping[str, Field] = {
     "num_bits": _one_of(8, default=8),
     "type": _INT,
-    "symmetric": _SYMMETRIC,
+    "symmetric": _one_of(True, False, default=True),
     "strategy": _one_of("token", "tensor", because="other scales are not read"),
     "group_size": _NOTHING,
     "dynamic": _one_of(True, False, default=False),

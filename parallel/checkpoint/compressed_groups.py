@@ -100,23 +100,30 @@ def _read_group(group: Any, format_of_all: str, place: Place) -> _Group:
         raise (place / "format").refuse(f"must be said where that of all is {MIXED}", None)
     if own_format == PACKED and activations is not None:
         raise (place / "input_activations").refuse(f"must be null beside {PACKED}", activations)
+    said = {}
+    if activations is not None:
+        said = take(activations, ACTIVATIONS, place / "input_activations")
     scheme = LinearScheme(
         f"int{weights['num_bits']}",
         _group_size(weights, place / "weights"),
-        **_activations(activations, weights["num_bits"], place / "input_activations"),
+        **_activations(said, weights["num_bits"], place / "input_activations"),
     )
-    return _Group(tuple(values["targets"]), CompressedLinear(scheme, own_format), place)
+    linear = CompressedLinear(scheme, own_format, is_asymmetric=not said.get("symmetric", True))
+    return _Group(tuple(values["targets"]), linear, place)
 
 
-def _activations(values: Any, weight_bits: int, place: Place) -> dict[str, str]:
+def _activations(said: Mapping[str, Any], weight_bits: int, place: Place) -> dict[str, str]:
     """The fields of a LinearScheme: each row's own scale, or one that calibration gave."""
-    if values is None:
+    if not said:
         return {}
-    said = take(values, ACTIVATIONS, place)
     is_static = said["strategy"] == "tensor"
     if said["dynamic"] is is_static:
         word = "false" if is_static else "true"
         raise (place / "dynamic").refuse(f"must be {word} beside its strategy", said["dynamic"])
+    if not is_static and not said["symmetric"]:
+        raise (place / "symmetric").refuse(
+            "must be true beside strategy token (zero points of each row are not read)", False
+        )
     if is_static and weight_bits == 4:
         raise (place / "strategy").refuse("must be token beside weights of 4 bits", "tensor")
     granularity = "per_tensor" if is_static else "per_token"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterator
 
 from parallel.checkpoint.compressed_config import PACKED, CompressedLinear
-from parallel.checkpoint.layout import INPUT_SCALE, SCALE_SUFFIX
+from parallel.checkpoint.layout import INPUT_SCALE, INPUT_ZERO_POINT, SCALE_SUFFIX
 from parallel.checkpoint.source import FLOAT_DTYPES
 from parallel.placement import Shape
 
@@ -19,8 +19,6 @@ UNREAD = {
     ".bitmask": "sparse weights",
     ".compressed": "sparse weights",
 }
-# Of static activations, where symmetric ones have any: zeros.
-ZERO_POINT = ".input_zero_point"
 # Shapes of one number.
 ONE: tuple[Shape, ...] = ((1,), ())
 
@@ -35,8 +33,8 @@ def part_names(name: str, linear: CompressedLinear, present: Container[str]) -> 
     scales: tuple[str, ...] = (name + SCALE_SUFFIX,)
     if linear.scheme.is_static:
         scales += (input_scale_of(name),)
-        zero_point = module_of(name) + ZERO_POINT
-        scales += (zero_point,) if zero_point in present else ()
+        zero_point = zero_point_of(name)
+        scales += (zero_point,) if linear.is_asymmetric or zero_point in present else ()
     return values + scales
 
 
@@ -49,7 +47,8 @@ def parts_of(
     yield name + SCALE_SUFFIX, FLOAT_DTYPES, ((rows, num_groups),)
     if linear.scheme.is_static:
         yield input_scale_of(name), FLOAT_DTYPES, ONE
-        if (zero_point := module_of(name) + ZERO_POINT) in present:
+        zero_point = zero_point_of(name)
+        if linear.is_asymmetric or zero_point in present:  # symmetric ones may have zeros
             yield zero_point, ("int8", "int32", "int64"), ONE
     if linear.format == PACKED:
         yield f"{name}_packed", ("int32",), ((rows, -(-columns * linear.scheme.bits // 32)),)
@@ -61,6 +60,11 @@ def parts_of(
 def input_scale_of(name: str) -> str:
     """The scale of the static input of a weight's product."""
     return f"{module_of(name)}.{INPUT_SCALE}"
+
+
+def zero_point_of(name: str) -> str:
+    """The zero point of the static input of a weight's product."""
+    return f"{module_of(name)}.{INPUT_ZERO_POINT}"
 
 
 def module_of(name: str) -> str:

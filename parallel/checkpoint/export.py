@@ -16,7 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.checkpoint.compressed_config import KEY, PACKED, format_of, write_quantization
+from parallel.checkpoint.compressed_config import (
+    KEY,
+    PACKED,
+    CompressedLinear,
+    format_of,
+    write_quantization,
+)
 from parallel.checkpoint.compressed_words import num_words, to_words
 from parallel.checkpoint.layout import Layout, StoredTensor
 from parallel.checkpoint.planned_file import PlannedFile, PlannedTensor
@@ -112,12 +118,17 @@ def _own_config(layout: Layout, config: dict[str, Any]) -> dict[str, Any]:
     if not layout.schemes:
         return config
     untied = {"tie_word_embeddings": False} if HEAD in layout.schemes else {}
-    schemes = {
-        row.module: layout.schemes.get(row.name) for row in layout.table.values() if row.is_linear
-    }
+    linears = {row.module: _held(layout, row) for row in layout.table.values() if row.is_linear}
     # A tied lm_head is no row, but a module that transformers would quantize.
-    schemes.setdefault(HEAD.removesuffix(".weight"), None)
-    return {**config, **untied, KEY: write_quantization(schemes)}
+    linears.setdefault(HEAD.removesuffix(".weight"), None)
+    return {**config, **untied, KEY: write_quantization(linears)}
+
+
+def _held(layout: Layout, row: Row) -> CompressedLinear | None:
+    scheme = layout.schemes.get(row.name)
+    if scheme is None:
+        return None
+    return CompressedLinear(scheme, format_of(scheme), layout.has_zero_point(row))
 
 
 def _plan_row(layout: Layout, row: Row) -> Iterator[PlannedTensor]:

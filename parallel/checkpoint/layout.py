@@ -33,6 +33,8 @@ from quant.scheme import LinearScheme, QuantScheme
 SCALE_SUFFIX = "_scale"
 # What compressed-tensors calls the scale of static activations: `<module>.input_scale`.
 INPUT_SCALE = "input_scale"
+# And its zero point, where the files have one.
+INPUT_ZERO_POINT = "input_zero_point"
 # int4 lies on disk as two values a byte.
 STORED_DTYPES: Mapping[str, str] = {"int8": "int8", "int4": "uint8"}
 
@@ -43,7 +45,7 @@ class StoredTensor:
 
     Attributes:
         name: the row's name; a scale is called `<row>_scale`, and that of a static input
-            `<module>.input_scale`, as in compressed-tensors.
+            `<module>.input_scale`, as in compressed-tensors, its zero point `<module>.input_zero_point`.
         row: the row of the placement table it belongs to.
         shape: its global shape.
         dtype: a torch name.
@@ -126,6 +128,10 @@ class Layout:
         """The short names of the schemes in it, each once."""
         return tuple(dict.fromkeys(scheme.label for scheme in self.schemes.values()))
 
+    def has_zero_point(self, row: Row) -> bool:
+        """Whether the static input of a row's product is asymmetric."""
+        return any(part.name == input_zero_point_name(row) for part in self.parts[row.name])
+
     def rank_bytes(self, rank: int, size: int, float_dtype: str | None = None) -> int:
         """Bytes of one rank's weights on disk, or in memory with floats of `float_dtype`."""
         return sum(
@@ -178,11 +184,14 @@ def make_layout(
     *,
     vocab_emb_dp: bool = False,
     dtype_of: Callable[[Row], str] | None = None,
+    has_zero_point: Callable[[Row], bool] = lambda _: False,
 ) -> Layout:
     """Describe a model's shards.
 
     Args:
         dtype_of: the stored dtype of a tensor; the config's where there are no files to ask.
+        has_zero_point: whether the files have one for the static input of a linear. Like dtypes it is
+            theirs to say, and no part of a scheme: what is calibrated here has none.
 
     Raises:
         QuantError: a pattern of the scheme that matches nothing, or parts of one product whose
@@ -204,26 +213,42 @@ def make_layout(
         if row.is_linear and (found := modules[row.module]) is not None
     }
     dtype_of = dtype_of or (lambda _: config.dtype)
-    parts = {row.name: _stored(row, dtype_of(row), schemes.get(row.name)) for row in table.values()}
+    parts = {
+        row.name: _stored(row, dtype_of(row), schemes.get(row.name), has_zero_point)
+        for row in table.values()
+    }
     return Layout(config, scheme, vocab_emb_dp, table, schemes, parts)
 
 
-def _stored(row: Row, dtype: str, scheme: LinearScheme | None) -> tuple[StoredTensor, ...]:
+def _stored(
+    row: Row, dtype: str, scheme: LinearScheme | None, has_zero_point: Callable[[Row], bool]
+) -> tuple[StoredTensor, ...]:
     if scheme is None:
         return (StoredTensor(row.name, row, row.shape, "float32" if row.is_kv_scale else dtype),)
-    parts = (
+    parts: tuple[StoredTensor, ...] = (
         _part(row, row.name, STORED_DTYPES[scheme.weight_dtype], scheme.values_per_byte),
         _part(row, row.name + SCALE_SUFFIX, dtype, scheme.group_size or row.shape[1]),
     )
     if not scheme.is_static:
         return parts
-    name = input_scale_name(row)
-    return *parts, StoredTensor(name, row, (1,), "float32", is_quantized=True, is_whole=True)
+    parts = *parts, _of_input(row, input_scale_name(row), "float32")
+    if not has_zero_point(row):
+        return parts
+    return *parts, _of_input(row, input_zero_point_name(row), "int8")
+
+
+def _of_input(row: Row, name: str, dtype: str) -> StoredTensor:
+    return StoredTensor(name, row, (1,), dtype, is_quantized=True, is_whole=True)
 
 
 def input_scale_name(row: Row) -> str:
     """What the scale of a linear's static input is called."""
     return f"{row.module}.{INPUT_SCALE}"
+
+
+def input_zero_point_name(row: Row) -> str:
+    """What the zero point of a linear's static input is called."""
+    return f"{row.module}.{INPUT_ZERO_POINT}"
 
 
 def _part(row: Row, name: str, dtype: str, columns: int) -> StoredTensor:

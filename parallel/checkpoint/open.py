@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from parallel.checkpoint.layout import (
     check_calibrated,
     check_names,
     check_source,
+    input_zero_point_name,
     make_layout,
 )
 from parallel.checkpoint.readers.compressed import CompressedSource
@@ -164,12 +165,19 @@ def describe_layout(
     said = find_quantization(path)
     if said is not None and said.scheme is not None:
         own = _only_scheme(path, said.scheme, scheme, said.path.name)
-        return make_layout(config, own, vocab_emb_dp=vocab_emb_dp)
+        # Golden Stick's files have a zero point for every static input.
+        return make_layout(config, own, vocab_emb_dp=vocab_emb_dp, has_zero_point=lambda _: True)
     linears: Mapping[str, CompressedLinear | None] = {}
     if is_compressed(values):
         linears = _compressed_linears(path, config, values)
         scheme = _only_scheme(path, to_scheme(linears), scheme)
-    layout = make_layout(config, scheme, vocab_emb_dp=vocab_emb_dp)
+    asymmetric = {name for name, linear in linears.items() if linear and linear.is_asymmetric}
+    layout = make_layout(
+        config,
+        scheme,
+        vocab_emb_dp=vocab_emb_dp,
+        has_zero_point=lambda row: row.module in asymmetric,
+    )
     for name in (INDEX_NAME, BIN_INDEX_NAME):
         if (path / name).exists():
             present = set(by_hf_names(read_index(path / name)))
@@ -250,11 +258,10 @@ def _prepared_layout(
             f"{source.path} was prepared as {source.scheme.label}; leave `quant` out, or prepare "
             f"it from its source with the scheme that you want ({scheme.label})."
         )
-    dtype_of = _stored_dtype(source)
-    stored = make_layout(config, source.scheme, vocab_emb_dp=source.vocab_emb_dp, dtype_of=dtype_of)
+    stored = _layout_of(config, source, source.scheme, vocab_emb_dp=source.vocab_emb_dp)
     check_calibrated(stored, source.tensors, str(source.path))
     _check_prepared(stored, source)
-    return make_layout(config, source.scheme, vocab_emb_dp=vocab_emb_dp, dtype_of=dtype_of)
+    return _layout_of(config, source, source.scheme, vocab_emb_dp=vocab_emb_dp)
 
 
 def _check_prepared(layout: Layout, source: PreparedSource) -> None:
@@ -297,17 +304,26 @@ def _quantized_layout(
 ) -> Layout:
     said_by = source.said_by if isinstance(source, GoldenStickSource) else "config.json"
     own = _only_scheme(source.path, source.scheme, scheme, said_by)
-    dtype_of = _stored_dtype(source)
-    layout = make_layout(config, own, vocab_emb_dp=vocab_emb_dp, dtype_of=dtype_of)
+    layout = _layout_of(config, source, own, vocab_emb_dp=vocab_emb_dp)
     floats = {name: row for name, row in layout.table.items() if name not in layout.schemes}
     plain = {name: at for name, at in source.tensors.items() if name not in source.quantized}
     check_source(floats, plain, str(source.path))
     return layout
 
 
-def _stored_dtype(source: Source) -> Callable[[Row], str]:
+def _layout_of(
+    config: ModelConfig, source: Source, scheme: QuantScheme, *, vocab_emb_dp: bool
+) -> Layout:
+    """With the dtypes and the zero points that a quantized source has."""
+
     def dtype_of(row: Row) -> str:
         info = source.tensors.get(row.name + SCALE_SUFFIX) or source.tensors.get(row.name)
         return info.dtype if info else "missing"
 
-    return dtype_of
+    return make_layout(
+        config,
+        scheme,
+        vocab_emb_dp=vocab_emb_dp,
+        dtype_of=dtype_of,
+        has_zero_point=lambda row: input_zero_point_name(row) in source.tensors,
+    )

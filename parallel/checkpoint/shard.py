@@ -7,7 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from parallel.checkpoint.layout import SCALE_SUFFIX, Layout, input_scale_name, uncalibrated
+from parallel.checkpoint.layout import (
+    SCALE_SUFFIX,
+    Layout,
+    input_scale_name,
+    input_zero_point_name,
+    uncalibrated,
+)
 from parallel.checkpoint.source import Source
 from parallel.errors import CheckpointError
 from parallel.model.placements import Row
@@ -21,6 +27,7 @@ from quant.weight import (
     StoredWeight,
     Weight,
     input_scales,
+    input_zero_points,
     unpacked,
 )
 
@@ -54,13 +61,18 @@ def read_stored(layout: Layout, source: Source, row: Row, index: Index) -> Store
 
 
 def weight_parts(row: Row, weight: Weight) -> dict[str, Tensor]:
-    """A weight as it is stored: name -> tensor; int4 as two values a byte."""
+    """A weight as it is stored: name -> tensor; int4 as two values a byte.
+
+    A static input's zero point is always said; the layout knows whether it is stored.
+    """
     if not isinstance(weight, QuantizedWeight):
         return {row.name: weight}
     values = pack_int4(weight.values_NK) if weight.bits == 4 else weight.values_NK
     parts = {row.name: values, row.name + SCALE_SUFFIX: weight.scale_NG}
     if weight.input_scale is not None:
         parts[input_scale_name(row)] = weight.input_scale
+        zero_point = torch.tensor([weight.input_zero_point], dtype=torch.int8)
+        parts[input_zero_point_name(row)] = zero_point
     return parts
 
 
@@ -68,13 +80,17 @@ def check_inputs(
     source: Source, rows: Sequence[Row], weights: Sequence[StoredWeight | Tensor]
 ) -> None:
     """Raise CheckpointError where the parts of one product would round their one input differently."""
-    scales = input_scales([weight for weight in weights if not isinstance(weight, Tensor)])
-    if len(set(scales)) > 1:
-        names = ", ".join(input_scale_name(row) for row in rows)
-        raise CheckpointError(
-            f"{source.path}: {names} must be equal, as they are scales of one input, but are "
-            f"{', '.join(f'{scale:.6g}' for scale in scales)}; calibrate them together."
-        )
+    quantized = [weight for weight in weights if not isinstance(weight, Tensor)]
+    for what, name_of, found in (
+        ("scales", input_scale_name, input_scales(quantized)),
+        ("zero points", input_zero_point_name, input_zero_points(quantized)),
+    ):
+        if len(set(found)) > 1:
+            names = ", ".join(name_of(row) for row in rows)
+            raise CheckpointError(
+                f"{source.path}: {names} must be equal, as they are {what} of one input, but are "
+                f"{', '.join(f'{value:.6g}' for value in found)}; calibrate them together."
+            )
 
 
 def source_name(source: Source, row: Row) -> str:
@@ -103,6 +119,7 @@ def _read_quantized(layout: Layout, source: Source, row: Row, index: Index) -> S
         source.read(part.name, part.cut(index)) for part in layout.parts[row.name]
     )
     input_scale = _checked_scale(source, row, more[0]) if more else None
+    zero_point = int(more[1]) if layout.has_zero_point(row) else 0
     columns = index[1]
     shape = (len(stored), columns.stop - columns.start)
     is_int4 = scheme.bits == 4
@@ -115,6 +132,7 @@ def _read_quantized(layout: Layout, source: Source, row: Row, index: Index) -> S
         scheme.group_size,
         first_column,
         input_scale,
+        zero_point,
     )
     return NibbleWeight(stored, weight) if is_int4 else weight
 

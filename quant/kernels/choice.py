@@ -25,7 +25,7 @@ from quant.kernels.reference import ReferenceKernel
 from quant.linear import linear
 from quant.numeric import Grid
 from quant.scheme import LinearScheme
-from quant.weight import QuantizedWeight
+from quant.weight import PackedWeight, QuantizedWeight
 
 # In the order in which they are preferred where they are equally fast.
 KERNELS: Mapping[str, Callable[[], Kernel]] = {
@@ -34,12 +34,16 @@ KERNELS: Mapping[str, Callable[[], Kernel]] = {
     "reference": ReferenceKernel,
 }
 _ACTIVATIONS = ("int8", None)
+# Of static activations: those that move their range by the most, 0 to 255 and -255 to 0.
+_ZERO_POINTS = (-128, 127)
 _ALL_SCHEMES = tuple(
     LinearScheme(weight_dtype, group_size, activation_dtype)
     for weight_dtype in ("int8", "int4")
     for group_size in (None, 32, 64, 128)
     for activation_dtype in _ACTIVATIONS
 )
+# Has a zero point in some checkpoints.
+_ASYMMETRIC = LinearScheme("int8", None, "int8")
 # The schemes that are timed, where a kernel has a product for them; others have the times of those
 # that are most like them.
 SCHEMES: Mapping[str, LinearScheme] = {
@@ -85,7 +89,8 @@ def problem(name: str) -> str | None:
 def is_exact(kernel: Kernel) -> bool:
     """Whether the largest products add up right: all 127 (255 unsigned) times all +-127 and -128.
 
-    Of int4 and of groups likewise, where the kernel has products for them.
+    Of int4 and of groups likewise, where the kernel has products for them; and with zero points, which
+    make static activations 0 to 255, or -255 to 0.
     """
     num_columns = 1024
     signs = torch.ones(2, num_columns)
@@ -107,17 +112,27 @@ def _extreme_weights(scheme: LinearScheme, num_columns: int) -> Iterator[Quantiz
     values = [torch.full(shape, value) for value in (grid.highest, -grid.highest, grid.lowest)]
     scale_NG = torch.ones(64, grid.num_groups(num_columns))
     for value in (*values, turns.view(shape)):
-        yield QuantizedWeight(
+        weight = QuantizedWeight(
             value.to(torch.int8), scale_NG, scheme.activation_dtype, scheme.bits, scheme.group_size
         )
+        yield weight
+        if scheme == _ASYMMETRIC:
+            for zero_point in _ZERO_POINTS:
+                scale = torch.tensor([2.0**-8])
+                yield replace(weight, input_scale=scale, input_zero_point=zero_point)
 
 
 def _is_equal(kernel: Kernel, weight: QuantizedWeight, x_MK: Tensor) -> bool:
     packed, exact = kernel.pack(weight), ReferenceKernel().pack(weight)
-    amax_M = row_amax(x_MK)
-    return torch.equal(packed.sums(x_MK, amax_M), exact.sums(x_MK, amax_M)) and torch.equal(
+    return torch.equal(_sums(packed, x_MK), _sums(exact, x_MK)) and torch.equal(
         packed.linear(x_MK, None, torch.float32), exact.linear(x_MK, None, torch.float32)
     )
+
+
+def _sums(packed: PackedWeight, x_MK: Tensor) -> Tensor:
+    if packed.input_scale is not None:
+        return packed.static_sums(x_MK)
+    return packed.sums(x_MK, row_amax(x_MK))
 
 
 def survey() -> dict[str, Any]:

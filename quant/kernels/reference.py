@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quant.activations import MOST_INT32_COLUMNS, RADIX, num_levels, planes, quantize_rows
+from quant.activations import RADIX, most_int32_columns, num_levels, planes, quantize_rows
 from quant.numeric import pack_int4, unpack_int4
 from quant.weight import PackedWeight, QuantizedWeight
 
@@ -41,7 +41,9 @@ class ReferenceWeight(PackedWeight):
         self._stored = _Stored(weight)
         self.scale_N = weight.scale_NG.float().view(-1)
         self.activation_dtype = weight.activation_dtype
-        self.input_scale = weight.input_scale
+        self.input_scale, self.input_zero_point = weight.input_scale, weight.input_zero_point
+        # Less a zero point, activations may be twice as large.
+        self._exact_columns = EXACT_COLUMNS // (2 if weight.input_zero_point else 1)
         self.shape = (weight.shape[0], weight.shape[1])
         self.nbytes = self._stored.nbytes + self.scale_N.nbytes
 
@@ -52,17 +54,19 @@ class ReferenceWeight(PackedWeight):
         total_MN = _join_planes(sums_PMN, torch.int64)
         if self.activation_dtype is None:
             return total_MN
-        assert self.shape[1] <= MOST_INT32_COLUMNS, self.shape
+        assert self.shape[1] <= most_int32_columns(self.input_zero_point), self.shape
         return total_MN.int()
 
     def _product(self, x_MK: Tensor) -> Tensor:
-        """int64 [M, N]: whole numbers within +-128 times int8, whatever the order of the sums."""
+        """int64 [M, N]: whole numbers of 8 bits, less a zero point, times int8; in any order."""
         device = self._stored.device
         out_MN = torch.empty(x_MK.shape[0], self.shape[0], dtype=torch.int64, device=device)
         for rows, wide_BK in _widened_blocks(self.shape, self._stored.rows, device):
             out_MB = out_MN[:, rows].zero_()
             for x_MC, wide_BC in zip(
-                x_MK.split(EXACT_COLUMNS, 1), wide_BK.split(EXACT_COLUMNS, 1), strict=True
+                x_MK.split(self._exact_columns, 1),
+                wide_BK.split(self._exact_columns, 1),
+                strict=True,
             ):
                 out_MB += F.linear(x_MC, wide_BC).long()
         return out_MN
@@ -85,7 +89,7 @@ class GroupedReferenceWeight(PackedWeight):
         self.group_size = weight.group_size
         self.scale_N = torch.ones(weight.shape[0], device=weight.values_NK.device)
         self.activation_dtype = weight.activation_dtype
-        self.input_scale = weight.input_scale
+        self.input_scale, self.input_zero_point = weight.input_scale, weight.input_zero_point
         self.shape = (weight.shape[0], weight.shape[1])
         self.nbytes = self._stored.nbytes + self._scale_NG.nbytes
 

@@ -14,13 +14,18 @@ from parallel.checkpoint.compressed_config import PACKED, CompressedLinear
 from parallel.checkpoint.compressed_groups import to_scheme
 from parallel.checkpoint.compressed_parts import (
     UNREAD,
-    ZERO_POINT,
     input_scale_of,
     module_of,
     part_names,
     parts_of,
+    zero_point_of,
 )
-from parallel.checkpoint.layout import INPUT_SCALE, SCALE_SUFFIX, STORED_DTYPES
+from parallel.checkpoint.layout import (
+    INPUT_SCALE,
+    INPUT_ZERO_POINT,
+    SCALE_SUFFIX,
+    STORED_DTYPES,
+)
 from parallel.checkpoint.readers.huggingface import HuggingFaceSource
 from parallel.checkpoint.source import TensorInfo
 from parallel.errors import CheckpointError
@@ -75,7 +80,9 @@ class CompressedSource:
     def read(self, name: str, index: Index) -> Tensor:
         """A slice of what `tensors` says, in its dtype."""
         if name in self.quantized and name.endswith(INPUT_SCALE):
-            return self._read_input_scale(name)
+            return self._read_number(name).float()
+        if name in self.quantized and name.endswith(INPUT_ZERO_POINT):
+            return self._read_number(name).char()
         linear = self._held.get(name)
         if linear is None or (linear.format != PACKED and linear.scheme.bits == 8):
             return self._files.read(name, index)
@@ -86,9 +93,10 @@ class CompressedSource:
     def identity(self) -> dict[str, Any]:
         return self._files.identity()
 
-    def _read_input_scale(self, name: str) -> Tensor:
+    def _read_number(self, name: str) -> Tensor:
+        """[1]; it may be a scalar in the file."""
         whole = tuple(slice(0, length) for length in self._files.tensors[name].shape)
-        return self._files.read(name, whole).float().view(1)
+        return self._files.read(name, whole).view(1)
 
     def _read_words(self, name: str, linear: CompressedLinear, index: Index) -> Tensor:
         from parallel.checkpoint.compressed_words import from_words, words_of
@@ -122,6 +130,9 @@ class CompressedSource:
         if linear.scheme.is_static:
             scale = input_scale_of(name)
             stored[scale] = TensorInfo((1,), "float32", held[scale].file)
+        if linear.is_asymmetric:
+            zero_point = zero_point_of(name)
+            stored[zero_point] = TensorInfo((1,), "int8", held[zero_point].file)
         return stored
 
     def _check_unread(self) -> None:
@@ -162,15 +173,19 @@ class CompressedSource:
 
     def _check_zero_points(self) -> None:
         """Early releases wrote those of symmetric activations too."""
-        names = [
-            part
+        linears = {
+            zero_point: linear
             for name, linear in self._held.items()
-            for part in part_names(name, linear, self._files.tensors)
-            if part.endswith(ZERO_POINT)
-        ]
-        for name, value in self._files.numbers(names).items():
-            if value not in (0, [0]):
+            if (zero_point := zero_point_of(name)) in part_names(name, linear, self._files.tensors)
+        }
+        for name, (number,) in self._files.numbers(linears).items():
+            if not linears[name].is_asymmetric and number != 0:
                 raise CheckpointError(
                     f"{self.path}: {name} must be 0, as activations of symmetric integers have no "
-                    f"other, but is {value}; {_REMEDY}"
+                    f"other, but is {number}; {_REMEDY}"
+                )
+            if not -128 <= number <= 127:
+                raise CheckpointError(
+                    f"{self.path}: {name} must be an integer of 8 bits (-128 to 127), but is {number}; "
+                    "download it again."
                 )

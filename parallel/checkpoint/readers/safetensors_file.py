@@ -59,7 +59,7 @@ class SafetensorsFile:
         return self._header.offsets[name], math.prod(info.shape) * DTYPE_BYTES[info.dtype]
 
     def numbers(self, names: Iterable[str]) -> dict[str, Any]:
-        """Tensors of a few integers, as Python's lists, read without torch."""
+        """Tensors of a few integers, or of one alone, as Python's lists, read without torch."""
         with self.path.open("rb") as file:
             return {name: self._numbers(file.fileno(), name) for name in names}
 
@@ -69,10 +69,11 @@ class SafetensorsFile:
 
     def _numbers(self, fd: int, name: str) -> list[int]:
         info, (offset, num_bytes) = self.tensors[name], self.stretch(name)
-        if info.dtype not in _INTEGERS or len(info.shape) != 1 or info.shape[0] > _MOST_NUMBERS:
+        count = math.prod(info.shape)
+        if info.dtype not in _INTEGERS or len(info.shape) > 1 or count > _MOST_NUMBERS:
             raise CheckpointError(
                 f"{self.path}: {name} must be at most {_MOST_NUMBERS} integers, but is {info.dtype} of "
                 f"shape {list(info.shape)[:8]}; download it again."
             )
         data = os.pread(fd, num_bytes, offset)
-        return list(struct.unpack(f"<{info.shape[0]}{_INTEGERS[info.dtype]}", data))
+        return list(struct.unpack(f"<{count}{_INTEGERS[info.dtype]}", data))

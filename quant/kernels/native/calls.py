@@ -18,7 +18,7 @@ _POINTER, _SIZE, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 # The functions that take one struct, and its fields as the C files declare them: numbers, addresses
 # (*) and doubles (%), each of eight bytes.
 _CALLS = {
-    "linear": "set *x x_type x_stride *amax *input_scale M K levels *packed N *scale *bias "
+    "linear": "set *x x_type x_stride *amax *input_scale zero_point M K levels *packed N *scale *bias "
     "bias_type *out out_type *damaged *work",
     "int4": "set *x x_type x_stride *amax M K levels *packed bits N before group_size first *scales "
     "scales_type *scale *bias bias_type *out out_type bare *work",

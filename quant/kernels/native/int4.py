@@ -52,7 +52,7 @@ class GroupedNativeWeight(NativeWeight):
         self._first = weight.first_column - self._before
         self.packed = _pack(parts, self.shape, weight.bits, self._before)
         self.group_size, self.activation_dtype = weight.group_size, weight.activation_dtype
-        self.input_scale = weight.input_scale
+        self.input_scale, self.input_zero_point = weight.input_scale, weight.input_zero_point
         scale_NG = torch.cat([form.scale_NG for form in forms])
         self._scales: Tensor | None = None
         self.scale_N = torch.ones(1).expand(self.shape[0])

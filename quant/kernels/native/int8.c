@@ -198,10 +198,11 @@ static float quantize_row(
     return row_scale_of(amax, levels);
 }
 
-/* One row as integers of a static scale, which is returned; NaN where the row is damaged. */
+/* One row as integers of a static scale, which is returned; NaN where the row is damaged. Of 8 bits less
+   the zero point: within 255, so that the product has nothing to correct. */
 static float quantize_static(
-    row_functions_t f, const void *x, int64_t K, float scale, int16_t *q) {
-    int is_finite = f.clamp(x, K, scale, q);
+    row_functions_t f, const void *x, int64_t K, float scale, int64_t zero_point, int16_t *q) {
+    int is_finite = f.clamp(x, K, scale, (int32_t)zero_point, q);
     if (!is_finite) memset(q, 0, 2 * K);
     if (K % 2) q[K] = 0;
     return is_finite ? scale : NAN;
@@ -253,17 +254,17 @@ static void multiply(const product_t *p, int64_t block, int64_t m0, int64_t rows
 
    set: index of an instruction set that works here. x: [M, K] of x_type (FLOAT32, BFLOAT16), rows
    x_stride elements apart. amax: NULL, or for each row the largest absolute value of the longer row
-   that it is a part of. input_scale: NULL, or the one scale of static activations. levels: the
-   largest |q|; above 32767 it takes two planes. scale: [N]. bias: [N] of bias_type or NULL. out:
-   [M, N] of out_type; INT32 and INT64 take the bare sums. damaged: NULL, or room for M, which become
-   1 for a row that holds an infinity or a NaN, else 0.
+   that it is a part of. input_scale: NULL, or the one scale of static activations, and zero_point: of
+   theirs, -128 to 127. levels: the largest |q|; above 32767 it takes two planes. scale: [N]. bias: [N]
+   of bias_type or NULL. out: [M, N] of out_type; INT32 and INT64 take the bare sums. damaged: NULL, or
+   room for M, which become 1 for a row that holds an infinity or a NaN, else 0.
    work: room for planes * M * (K rounded up to even) int16 and, behind them, M floats. */
 typedef struct {
     int64_t set;
     const void *x;
     int64_t x_type, x_stride;
     const float *amax, *input_scale;
-    int64_t M, K, levels;
+    int64_t zero_point, M, K, levels;
     const int8_t *packed;
     int64_t N;
     const float *scale;
@@ -290,7 +291,8 @@ int shardrun_linear(const linear_t *a) {
         for (int64_t m = 0; m < M; m++) {
             const char *x = (const char *)a->x + m * a->x_stride * size;
             if (a->input_scale)
-                row_scale[m] = quantize_static(f, x, K, *a->input_scale, q + m * stride);
+                row_scale[m] = quantize_static(
+                    f, x, K, *a->input_scale, a->zero_point, q + m * stride);
             else
                 row_scale[m] = quantize_row(
                     f, x, K, (float)a->levels, q + m * stride,

@@ -37,7 +37,7 @@ class Int8NativeWeight(NativeWeight):
         pack_blocks(rows, self.packed, (out_features, in_features))
         self.scale_N = torch.cat([part.scale_NG.float().reshape(-1) for part in parts])
         self.activation_dtype = weight.activation_dtype
-        self.input_scale = weight.input_scale
+        self.input_scale, self.input_zero_point = weight.input_scale, weight.input_zero_point
         self.shape = (out_features, in_features)
         self.nbytes = self.packed.nbytes + self.scale_N.nbytes
 
@@ -74,7 +74,7 @@ class Int8NativeWeight(NativeWeight):
         work = torch.empty(work_size, dtype=torch.uint8)
         call(
             "linear", self._set_index, x_MK, TYPES[x_MK.dtype], x_MK.stride(0), amax_M,
-            self.input_scale, num_rows, in_features, levels, self.packed, self.shape[0],
-            self.scale_N, *bias_and_type(bias_N, self.shape[0]), out_MN, TYPES[out_MN.dtype],
-            damaged_M, work,
+            self.input_scale, self.input_zero_point, num_rows, in_features, levels, self.packed,
+            self.shape[0], self.scale_N, *bias_and_type(bias_N, self.shape[0]), out_MN,
+            TYPES[out_MN.dtype], damaged_M, work,
         )  # fmt: skip

@@ -13,7 +13,8 @@
 #define LEAST_AMAX 1e-30f /* whose inverse is finite */
 
 /* amax: the largest absolute value of a row; a NaN counts as larger than all. round: x * inverse as
-   integers. clamp: x / scale as integers of 8 bits; returns whether all of x is finite. */
+   integers. clamp: x / scale as integers of 8 bits, less a zero point, which moves their range; returns
+   whether all of x is finite. */
 #define ROW_FUNCTIONS(SUFFIX, ATTRIBUTE, TYPE)                                                    \
     ATTRIBUTE static float row_amax_##SUFFIX(const void *x, int64_t K) {                          \
         int32_t most = 0;                                                                         \
@@ -42,8 +43,11 @@
                 low[k] = (int16_t)(q - RADIX * top);                                                \
             }                                                                                     \
     }                                                                                             \
-    ATTRIBUTE static int row_clamp_##SUFFIX(const void *x, int64_t K, float scale, int16_t *q) {  \
+    ATTRIBUTE static int row_clamp_##SUFFIX(                                                      \
+        const void *x, int64_t K, float scale, int32_t zero_point, int16_t *q) {                  \
         const float magic = 12582912.0f;                                                          \
+        const int16_t lowest = (int16_t)(-128 - zero_point);                                      \
+        const int16_t highest = (int16_t)(127 - zero_point);                                      \
         int32_t most = 0;                                                                         \
         for (int64_t k = 0; k < K; k++) {                                                         \
             float value = widen(x, TYPE, k);                                                      \
@@ -53,13 +57,14 @@
             most = bits > most ? bits : most;                                                     \
             value /= scale;                                                                       \
             memcpy(&bits, &value, sizeof bits);                                                   \
-            /* Clamped as integers, which takes no branch: within +-128, a NaN too. */            \
+            /* Clamped as integers, which takes no branch: within +-256, a NaN too. */            \
             int32_t size = bits & 0x7fffffff;                                                     \
-            size = size < 0x43000000 ? size : 0x43000000;                                         \
+            size = size < 0x43800000 ? size : 0x43800000;                                         \
             bits = size | (bits & (int32_t)0x80000000);                                           \
             memcpy(&value, &bits, sizeof bits);                                                   \
-            int32_t rounded = (int32_t)((value + magic) - magic);                                 \
-            q[k] = (int16_t)(rounded < 127 ? rounded : 127);                                      \
+            int16_t rounded = (int16_t)(int32_t)((value + magic) - magic);                        \
+            rounded = rounded < highest ? rounded : highest;                                      \
+            q[k] = rounded > lowest ? rounded : lowest;                                           \
         }                                                                                         \
         return most < 0x7f800000;                                                                 \
     }
@@ -74,7 +79,7 @@ ROW_FUNCTIONS(bf16_avx2, AVX2, BFLOAT16)
 typedef struct {
     float (*amax)(const void *, int64_t);
     void (*round)(const void *, int64_t, float, int16_t *, int16_t *);
-    int (*clamp)(const void *, int64_t, float, int16_t *);
+    int (*clamp)(const void *, int64_t, float, int32_t, int16_t *);
 } row_functions_t;
 
 static row_functions_t row_functions(int64_t set, int64_t type) {

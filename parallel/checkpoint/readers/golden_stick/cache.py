@@ -19,7 +19,7 @@ from parallel.checkpoint.readers.golden_stick.names import (
     VALUE_ZERO_COPY,
 )
 from parallel.checkpoint.readers.golden_stick.parts import CacheParts
-from parallel.checkpoint.readers.golden_stick.values import CLOSE, REMEDY, as_floats
+from parallel.checkpoint.readers.golden_stick.scales import CLOSE, REMEDY, as_floats
 from parallel.errors import CheckpointError
 
 

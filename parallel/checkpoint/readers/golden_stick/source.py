@@ -2,7 +2,8 @@
 
 The files say nothing of their scheme: it comes from the YAML beside them, and names, dtypes and
 shapes are checked against it when the directory is opened. Values that would change the arithmetic
-(zero points that are not zero, a smoothing of the input) are looked at when their linear is read.
+(zero points of a weight that are not zero, a smoothing of the input) are looked at when their linear is
+read.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from parallel.checkpoint.config_values import CONFIG
 from parallel.checkpoint.layout import INPUT_SCALE as INPUT_SCALE_NAME
-from parallel.checkpoint.layout import SCALE_SUFFIX, STORED_DTYPES
+from parallel.checkpoint.layout import INPUT_ZERO_POINT, SCALE_SUFFIX, STORED_DTYPES
 from parallel.checkpoint.mindformers.directory import (
     ModelFile,
     find_model_file,
@@ -113,14 +114,14 @@ class GoldenStickSource:
             CheckpointError: a value of its linear, or of its KV cache, that is not zero, one or finite
                 as it must be; or ranks that hold different scales.
         """
-        from parallel.checkpoint.readers.golden_stick.values import (
-            input_scale,
-            transposed,
-            weight_scale,
-        )
+        import torch
+
+        from parallel.checkpoint.readers.golden_stick.scales import input_scale
+        from parallel.checkpoint.readers.golden_stick.values import transposed, weight_scale
+        from parallel.checkpoint.readers.golden_stick.zero_point import input_zero_point
 
         if name in self._parts.floats:
-            return self._parts.floats[name].read(index)
+            return self._read_float(name, index)
         module, _, kind = name.rpartition(".")
         if module in self._parts.caches:
             return self._read_cache(module, kind, index)
@@ -128,6 +129,8 @@ class GoldenStickSource:
         self._check(parts)
         if kind == INPUT_SCALE_NAME:
             return input_scale(parts)[index]
+        if kind == INPUT_ZERO_POINT:
+            return torch.tensor([input_zero_point(parts)], dtype=torch.int8)[index]
         if kind == "weight" + SCALE_SUFFIX:
             return weight_scale(parts, index)
         return transposed(parts, index) if parts.scheme.bits == 4 else parts.read(WEIGHT, index)
@@ -143,6 +146,18 @@ class GoldenStickSource:
             for rank in self._ranks
             for name, file in rank.files.items()
         }
+
+    def _read_float(self, name: str, index: Index) -> Tensor:
+        from parallel.checkpoint.readers.golden_stick.zero_point import (
+            has_corrected_bias,
+            original_bias,
+        )
+
+        stored = self._parts.floats[name].read(index)
+        parts = self._parts.linears.get(name.rpartition(".")[0])
+        if parts is None or not has_corrected_bias(parts):
+            return stored
+        return original_bias(parts, stored, index[0])
 
     def _check(self, parts: LinearParts) -> None:
         from parallel.checkpoint.readers.golden_stick.values import check_linear
@@ -176,6 +191,7 @@ class GoldenStickSource:
             yield name + SCALE_SUFFIX, TensorInfo((rows, num_groups), dtype, file)
             if parts.scheme.is_static:
                 yield f"{parts.module}.{INPUT_SCALE_NAME}", TensorInfo((1,), "float32", file)
+                yield f"{parts.module}.{INPUT_ZERO_POINT}", TensorInfo((1,), "int8", file)
 
 
 def _linear_schemes(

@@ -1,8 +1,9 @@
 """What the parts of a linear hold, where it decides what is computed.
 
-Here a product is `input_scale * (q @ values.T) * weight_scale` with `q = clamp(round(x / input_scale))`:
-there is no place in it for a zero point, a factor of each input channel, or another order of them.
-What would change nothing, such as zero points that are zero, is accepted.
+Here a product is `input_scale * (q @ values.T) * weight_scale` with `q = clamp(round(x / input_scale))`,
+in a range that a zero point of the input moves: there is no place in it for a zero point of the weight,
+a factor of each input channel, or another order of them. What would change nothing, such as zero points
+that are zero, is accepted.
 """
 
 from __future__ import annotations
@@ -13,9 +14,7 @@ import torch
 from torch import Tensor
 
 from parallel.checkpoint.readers.golden_stick.names import (
-    CORRECTION,
     INPUT_SCALE,
-    INPUT_ZERO,
     ORDER,
     PRODUCT_SCALE,
     SCALE,
@@ -25,20 +24,17 @@ from parallel.checkpoint.readers.golden_stick.names import (
     ZERO,
 )
 from parallel.checkpoint.readers.golden_stick.parts import LinearParts, StoredPart, whole_index
+from parallel.checkpoint.readers.golden_stick.scales import CLOSE, REMEDY, as_floats, input_scale
+from parallel.checkpoint.readers.golden_stick.zero_point import check_correction
 from parallel.errors import CheckpointError
 from parallel.placement import Index
 from quant.numeric import pack_int4, unpack_int4
 
-REMEDY = "give the unquantized checkpoint and quantize it with shardrun prepare."
 _NEUTRAL = {
     ZERO: (0, "zero points of its weight"),
-    INPUT_ZERO: (0, "zero points of its input (asymmetric activations)"),
-    CORRECTION: (0, "what zero points of the input add to its sums"),
     SHIFT: (0, "a shift of its input (outlier-suppression+)"),
     SMOOTH: (1, "factors of its input channels (smoothing when it runs)"),
 }
-# Two scales of 11 bits and their product, each rounded.
-CLOSE = 2.0**-9
 
 
 def check_linear(parts: LinearParts, path: Path) -> None:
@@ -49,6 +45,8 @@ def check_linear(parts: LinearParts, path: Path) -> None:
                 f"{path}: {parts[kind].stored} holds {what}, which must all be {value} to be computed "
                 f"here, but are not; {REMEDY}"
             )
+    if parts.scheme.is_static:
+        check_correction(parts, path)
     if ORDER in parts:
         _check_order(parts[ORDER], path)
     for kind in (SCALE, PRODUCT_SCALE):
@@ -73,45 +71,6 @@ def weight_scale(parts: LinearParts, index: Index) -> Tensor:
     if SCALE in parts:
         return parts.read(SCALE, (rows,)).unsqueeze(1)
     return (as_floats(parts[PRODUCT_SCALE]) / input_scale(parts))[rows].unsqueeze(1)
-
-
-def input_scale(parts: LinearParts) -> Tensor:
-    """float32 [1]; the files have one of each channel where an operator of theirs wants that.
-
-    Raises:
-        CheckpointError: they differ, or it is no scale.
-    """
-    stored = parts[INPUT_SCALE]
-    scale = stored.whole().float()
-    if not bool((scale.isfinite() & (scale > 0)).all()):
-        raise CheckpointError(
-            f"{stored.info.file}: {stored.stored} must hold finite scales above zero, but does not; "
-            "calibrate again."
-        )
-    if not bool((scale == scale[0]).all()):
-        raise CheckpointError(
-            f"{stored.info.file}: {stored.stored} must be one scale for all channels of the input, but "
-            f"they differ from {scale.min():.6g} to {scale.max():.6g}, which is smoothing when it runs; "
-            f"{REMEDY}"
-        )
-    return scale[:1].clone()
-
-
-def as_floats(stored: StoredPart) -> Tensor:
-    """Scales in float32; where they are int64, the low half of each is the bits of one.
-
-    Raises:
-        CheckpointError: the high half says something else.
-    """
-    found = stored.whole()
-    if found.dtype != torch.int64:
-        return found.float()
-    if not bool(((found >= 0) & (found < 1 << 31)).all()):
-        raise CheckpointError(
-            f"{stored.info.file}: {stored.stored} must hold the bits of positive float32 numbers as "
-            "int64, but does not; quantize the checkpoint again."
-        )
-    return found.to(torch.int32).view(torch.float32)
 
 
 def transposed(parts: LinearParts, index: Index) -> Tensor:
