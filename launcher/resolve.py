@@ -20,7 +20,8 @@ from launcher.job import Job, with_tp
 from launcher.prompts import DEMO_PROMPTS, make_prompts
 from launcher.schema import Config, GenerationSection, QuantSection
 from launcher.text import open_tokenizer
-from parallel.checkpoint.layout import Layout, check_calibrated
+from parallel.checkpoint.layout import Layout
+from parallel.checkpoint.layout_checks import check_calibrated
 from parallel.checkpoint.open import Checkpoint, open_checkpoint, open_random, read_config
 from parallel.checkpoint.readers.mindformers.files import weights_directory
 from parallel.checkpoint.readers.mindformers.source import MindFormersSource

@@ -15,13 +15,13 @@ from launcher.__main__ import main
 from launcher.prompts import DEMO_PROMPTS
 from launcher.resolve import DEMO
 from launcher.text import open_tokenizer
-from parallel.checkpoint.compressed_config import (
+from parallel.checkpoint.compressed.config import (
     CompressedLinear,
     format_of,
     write_quantization,
 )
-from parallel.checkpoint.compressed_groups import read_quantization, to_scheme
-from parallel.checkpoint.compressed_words import from_words, num_words, to_words, words_of
+from parallel.checkpoint.compressed.groups import read_quantization, to_scheme
+from parallel.checkpoint.compressed.words import from_words, num_words, to_words, words_of
 from parallel.checkpoint.open import open_checkpoint
 from parallel.errors import CheckpointError, ModelError
 from quant.errors import QuantError

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from launcher.resolve import DEMO
-from parallel.checkpoint.compressed_config import (
+from parallel.checkpoint.compressed.config import (
     CompressedLinear,
     format_of,
     write_quantization,
 )
-from parallel.checkpoint.compressed_groups import read_quantization, to_scheme
+from parallel.checkpoint.compressed.groups import read_quantization, to_scheme
 from parallel.checkpoint.open import describe_layout, open_checkpoint
 from parallel.checkpoint.readers.huggingface import INDEX_NAME
 from parallel.checkpoint.store import write_prepared

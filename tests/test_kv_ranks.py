@@ -14,7 +14,7 @@ from launcher.config import compose
 from launcher.resolve import DEMO
 from launcher.tasks.bench.work import Case, decode_work
 from launcher.text import open_tokenizer
-from parallel.checkpoint.layout import check_calibrated
+from parallel.checkpoint.layout_checks import check_calibrated
 from parallel.checkpoint.open import open_checkpoint, open_random
 from parallel.checkpoint.plan import Workload, plan_rank
 from parallel.checkpoint.readers.prepared import PreparedSource

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from parallel.checkpoint.layout import check_names
+from parallel.checkpoint.layout_checks import check_names
 from parallel.checkpoint.readers.mindspore.file import MindSporeFile
 from parallel.checkpoint.readers.mindspore.protobuf_fields import FieldError
 from parallel.checkpoint.readers.mindspore.records import scan_records

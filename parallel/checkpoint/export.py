@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.checkpoint.compressed_config import (
+from parallel.checkpoint.compressed.config import (
     KEY,
     PACKED,
     CompressedLinear,
     format_of,
     write_quantization,
 )
-from parallel.checkpoint.compressed_words import num_words, to_words
+from parallel.checkpoint.compressed.words import num_words, to_words
 from parallel.checkpoint.layout import Layout, StoredTensor
 from parallel.checkpoint.planned_file import PlannedFile, PlannedTensor
 from parallel.checkpoint.readers.huggingface import INDEX_NAME

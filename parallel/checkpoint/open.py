@@ -7,24 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parallel.checkpoint.compressed_config import (
+from parallel.checkpoint.compressed.config import (
     CompressedLinear,
     is_compressed,
     without_quantization,
 )
-from parallel.checkpoint.compressed_groups import read_quantization, to_scheme
-from parallel.checkpoint.compressed_parts import part_names
+from parallel.checkpoint.compressed.groups import read_quantization, to_scheme
+from parallel.checkpoint.compressed.parts import part_names
 from parallel.checkpoint.config_values import config_file, read_config_values
 from parallel.checkpoint.json_file import read_json_object
-from parallel.checkpoint.layout import (
-    SCALE_SUFFIX,
-    Layout,
-    check_calibrated,
-    check_names,
-    check_source,
-    input_zero_point_name,
-    make_layout,
-)
+from parallel.checkpoint.layout import Layout, make_layout
+from parallel.checkpoint.layout_checks import check_names
 from parallel.checkpoint.readers.compressed import CompressedSource
 from parallel.checkpoint.readers.golden_stick.source import (
     GoldenStickSource,
@@ -41,13 +34,13 @@ from parallel.checkpoint.readers.meta.source import MetaSource, is_meta
 from parallel.checkpoint.readers.mindformers.files import is_mindformers
 from parallel.checkpoint.readers.mindformers.names import by_hf_names
 from parallel.checkpoint.readers.mindformers.source import MindFormersSource
-from parallel.checkpoint.readers.prepared import MANIFEST, PreparedSource, is_prepared
+from parallel.checkpoint.readers.prepared import PreparedSource, is_prepared
 from parallel.checkpoint.readers.random import RandomSource
 from parallel.checkpoint.regular_file import check_directory
 from parallel.checkpoint.source import Source
-from parallel.errors import CheckpointError
+from parallel.checkpoint.source_layout import only_scheme, prepared_layout, source_layout
 from parallel.model.config import ModelConfig, override_config, token_ids
-from parallel.model.placements import Row, linear_modules, placement_table
+from parallel.model.placements import linear_modules, placement_table
 from quant.scheme import QuantScheme
 
 
@@ -87,25 +80,7 @@ class Checkpoint:
             CheckpointError: tensors do not fit the config, or the checkpoint is quantized already
                 and another scheme is asked for.
         """
-        if isinstance(self.source, PreparedSource):
-            return _prepared_layout(self.config, self.source, scheme, vocab_emb_dp)
-        if isinstance(self.source, RandomSource):
-            assert scheme == self.source.scheme, "random weights are made for one scheme"
-            return make_layout(self.config, scheme, vocab_emb_dp=vocab_emb_dp)
-        if isinstance(self.source, CompressedSource | GoldenStickSource):
-            return _quantized_layout(self.config, self.source, scheme, vocab_emb_dp)
-        layout = self._make_layout(scheme, vocab_emb_dp)
-        check_source(layout.table, self.source.tensors, str(self.path))
-        return layout
-
-    def _make_layout(self, scheme: QuantScheme, vocab_emb_dp: bool) -> Layout:
-        infos = self.source.tensors
-
-        def dtype_of(row: Row) -> str:
-            info = infos.get(row.twin or row.name)
-            return info.dtype if info else self.config.dtype
-
-        return make_layout(self.config, scheme, vocab_emb_dp=vocab_emb_dp, dtype_of=dtype_of)
+        return source_layout(self.config, self.source, scheme, vocab_emb_dp=vocab_emb_dp)
 
 
 def open_checkpoint(
@@ -161,16 +136,16 @@ def describe_layout(
     values = read_config(path, overrides)
     config = _model_config(values, path)
     if is_prepared(path):
-        return _prepared_layout(config, PreparedSource(path), scheme, vocab_emb_dp)
+        return prepared_layout(config, PreparedSource(path), scheme, vocab_emb_dp=vocab_emb_dp)
     said = find_quantization(path)
     if said is not None and said.scheme is not None:
-        own = _only_scheme(path, said.scheme, scheme, said.path.name)
+        own = only_scheme(path, said.scheme, scheme, said.path.name)
         # Golden Stick's files have a zero point for every static input.
         return make_layout(config, own, vocab_emb_dp=vocab_emb_dp, has_zero_point=lambda _: True)
     linears: Mapping[str, CompressedLinear | None] = {}
     if is_compressed(values):
         linears = _compressed_linears(path, config, values)
-        scheme = _only_scheme(path, to_scheme(linears), scheme)
+        scheme = only_scheme(path, to_scheme(linears), scheme)
     asymmetric = {name for name, linear in linears.items() if linear and linear.is_asymmetric}
     layout = make_layout(
         config,
@@ -248,82 +223,3 @@ def _eos_ids(config: ModelConfig, generation: dict[str, Any], path: Path) -> tup
 
 def _optional_json(path: Path) -> dict[str, Any]:
     return read_json_object(path) if path.exists() else {}
-
-
-def _prepared_layout(
-    config: ModelConfig, source: PreparedSource, scheme: QuantScheme, vocab_emb_dp: bool
-) -> Layout:
-    if scheme.quant_method is not None and scheme != source.scheme:
-        raise CheckpointError(
-            f"{source.path} was prepared as {source.scheme.label}; leave `quant` out, or prepare "
-            f"it from its source with the scheme that you want ({scheme.label})."
-        )
-    stored = _layout_of(config, source, source.scheme, vocab_emb_dp=source.vocab_emb_dp)
-    check_calibrated(stored, source.tensors, str(source.path))
-    _check_prepared(stored, source)
-    return _layout_of(config, source, source.scheme, vocab_emb_dp=vocab_emb_dp)
-
-
-def _check_prepared(layout: Layout, source: PreparedSource) -> None:
-    """The shards must be exactly those that `prepare` cuts for this config.json."""
-    wanted = {tensor.name: (tensor.shape, tensor.dtype) for tensor in layout.tensors}
-    found = {name: (info.shape, info.dtype) for name, info in source.tensors.items()}
-    for name in sorted({*wanted, *found}):
-        if wanted.get(name) != found.get(name):
-            raise CheckpointError(
-                f"{source.path}: {name} is {found.get(name, 'missing')}, but its config.json "
-                f"asks for {wanted.get(name, 'no such tensor')}; prepare the checkpoint again."
-            )
-    for tensor in layout.tensors:
-        cuts = [tensor.index(rank, source.size) for rank in range(source.size)]
-        if cuts != source.slices(tensor.name):
-            raise CheckpointError(
-                f"{source.path / MANIFEST}: the slices of {tensor.name} are not those of tp="
-                f"{source.size}; prepare the checkpoint again."
-            )
-
-
-def _only_scheme(
-    path: Path, own: QuantScheme, asked: QuantScheme, said_by: str = "config.json"
-) -> QuantScheme:
-    """That of a directory that is quantized already, of which there is no other."""
-    if asked.quant_method is not None and asked != own:
-        raise CheckpointError(
-            f"{path} is quantized already, as {own.label} by its {said_by}, and `quant` asks "
-            f"for {asked.label}{' in other words' if asked.label == own.label else ''}; leave `quant` "
-            "out, or give the unquantized checkpoint."
-        )
-    return own
-
-
-def _quantized_layout(
-    config: ModelConfig,
-    source: CompressedSource | GoldenStickSource,
-    scheme: QuantScheme,
-    vocab_emb_dp: bool,
-) -> Layout:
-    said_by = source.said_by if isinstance(source, GoldenStickSource) else "config.json"
-    own = _only_scheme(source.path, source.scheme, scheme, said_by)
-    layout = _layout_of(config, source, own, vocab_emb_dp=vocab_emb_dp)
-    floats = {name: row for name, row in layout.table.items() if name not in layout.schemes}
-    plain = {name: at for name, at in source.tensors.items() if name not in source.quantized}
-    check_source(floats, plain, str(source.path))
-    return layout
-
-
-def _layout_of(
-    config: ModelConfig, source: Source, scheme: QuantScheme, *, vocab_emb_dp: bool
-) -> Layout:
-    """With the dtypes and the zero points that a quantized source has."""
-
-    def dtype_of(row: Row) -> str:
-        info = source.tensors.get(row.name + SCALE_SUFFIX) or source.tensors.get(row.name)
-        return info.dtype if info else "missing"
-
-    return make_layout(
-        config,
-        scheme,
-        vocab_emb_dp=vocab_emb_dp,
-        dtype_of=dtype_of,
-        has_zero_point=lambda row: input_zero_point_name(row) in source.tensors,
-    )

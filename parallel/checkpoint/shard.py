@@ -12,8 +12,8 @@ from parallel.checkpoint.layout import (
     Layout,
     input_scale_name,
     input_zero_point_name,
-    uncalibrated,
 )
+from parallel.checkpoint.layout_checks import uncalibrated
 from parallel.checkpoint.source import Source
 from parallel.errors import CheckpointError
 from parallel.model.placements import Row

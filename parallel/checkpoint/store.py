@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from parallel.checkpoint.compressed_config import without_quantization
+from parallel.checkpoint.compressed.config import without_quantization
 from parallel.checkpoint.conversion import Conversion, ShardFile, read_bytes
 from parallel.checkpoint.layout import Layout
 from parallel.checkpoint.manifest import write_manifest

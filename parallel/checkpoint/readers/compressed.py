@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parallel.checkpoint.compressed_config import PACKED, CompressedLinear
-from parallel.checkpoint.compressed_groups import to_scheme
-from parallel.checkpoint.compressed_parts import (
+from parallel.checkpoint.compressed.config import PACKED, CompressedLinear
+from parallel.checkpoint.compressed.groups import to_scheme
+from parallel.checkpoint.compressed.parts import (
     UNREAD,
     input_scale_of,
     module_of,
@@ -99,7 +99,7 @@ class CompressedSource:
         return self._files.read(name, whole).view(1)
 
     def _read_words(self, name: str, linear: CompressedLinear, index: Index) -> Tensor:
-        from parallel.checkpoint.compressed_words import from_words, words_of
+        from parallel.checkpoint.compressed.words import from_words, words_of
 
         rows, columns = index
         words = self._files.read(f"{name}_packed", (rows, words_of(columns.start, columns.stop)))

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from parallel.checkpoint.compressed_config import INTEGERS, KEY, MIXED, PACKED, CompressedLinear
-from parallel.checkpoint.compressed_fields import ACTIVATIONS, CONFIG, GROUP, WEIGHTS, Place, take
+from parallel.checkpoint.compressed.config import INTEGERS, KEY, MIXED, PACKED, CompressedLinear
+from parallel.checkpoint.compressed.fields import ACTIVATIONS, CONFIG, GROUP, WEIGHTS, Place, take
 from quant.module_patterns import cover
 from quant.scheme import LinearScheme, QuantScheme
 

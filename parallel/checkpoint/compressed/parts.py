@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator
 
-from parallel.checkpoint.compressed_config import PACKED, CompressedLinear
+from parallel.checkpoint.compressed.config import PACKED, CompressedLinear
 from parallel.checkpoint.layout import INPUT_SCALE, INPUT_ZERO_POINT, SCALE_SUFFIX
 from parallel.checkpoint.source import FLOAT_DTYPES
 from parallel.placement import Shape

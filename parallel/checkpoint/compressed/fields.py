@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from parallel.checkpoint.compressed_config import INTEGERS, KEY, METHOD, MIXED, PACKED
+from parallel.checkpoint.compressed.config import INTEGERS, KEY, METHOD, MIXED, PACKED
 from parallel.errors import CheckpointError
 from quant.scheme_checks import GROUP_SIZES
 
