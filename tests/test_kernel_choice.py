@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from launcher.config import compose
 from launcher.failures import ConfigError
@@ -133,6 +136,37 @@ def test_survey_is_measured_once(monkeypatch, tmp_path):
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")  # other instructions, another answer
     kernels.survey()
     assert len(measured) == 3
+
+
+def test_runs_that_begin_at_once_measure_once(monkeypatch, tmp_path):
+    measured = []
+
+    def measure():
+        measured.append(1)
+        time.sleep(0.3)  # long enough for the others to come
+        return survey()
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernels, "_measure", measure)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: kernels.survey(), range(4)))
+    assert found == [survey()] * 4
+    assert len(measured) == 1
+
+
+def test_nobody_waits_for_ever_for_one_that_stands_still(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernels, "_SURVEY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(kernels, "_measure", survey)
+    with kernels._turn(kernels.cache_path()):
+        assert kernels.survey() == survey()
+
+
+def test_busy_machine_is_measured_once_a_product(monkeypatch):
+    calls = []
+    times = choice._time_rows([lambda x_MK: calls.append(len(x_MK))], torch.float32, deadline=0.0)
+    assert set(times) == {"1", "8", "128"}
+    assert calls == [1, 1, 8, 8, 128, 128]  # one before, to warm up
 
 
 def test_home_that_cannot_be_written_costs_only_time(monkeypatch, tmp_path):

@@ -6,6 +6,8 @@ is kept among the user's caches. Importing this module does not import torch.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -13,11 +15,13 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from launcher.failures import ConfigError
 from launcher.host.gpus import count_gpus
@@ -78,13 +82,16 @@ def survey() -> dict[str, Any]:
         ConfigError: the child process failed; leads with its last words.
     """
     path = cache_path()
-    kept = _read(path) if path else None
-    if kept is not None:
+    if path is None:
+        return _measure()
+    if (kept := _read(path)) is not None:
         return kept
-    found = _measure()
-    if path:
+    with _turn(path):
+        if (kept := _read(path)) is not None:
+            return kept
+        found = _measure()
         _keep(path, found)
-    return found
+        return found
 
 
 def fastest(found: Mapping[str, Any], *labels: str) -> str:
@@ -154,6 +161,32 @@ def _processor() -> list[str]:
         return [platform.processor()]
     wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part")
     return [line for line in lines if line.startswith(wanted)]
+
+
+@contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """Of runs that begin at once one measures, and the others wait for its answer: together they would
+    measure each other. Nobody waits longer than a survey may take, or where there are no locks."""
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(path.with_suffix(".lock").open("a"))
+        except OSError:
+            yield
+            return
+        deadline = time.monotonic() + _SURVEY_TIMEOUT_S
+        while not _is_locked(lock) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        yield
+
+
+def _is_locked(file: IO[str]) -> bool:
+    """Whether the file is ours now; on a file system without locks it is everybody's."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EAGAIN, errno.EACCES)
+    return True
 
 
 def _measure() -> dict[str, Any]:
