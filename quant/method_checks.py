@@ -85,8 +85,9 @@ def _check_arguments(scheme: QuantScheme) -> None:
 
 
 def _are_inputs(value: object) -> bool:
-    is_list = isinstance(value, list | tuple) and bool(value)
-    return is_list and all(value.count(name) == 1 and name in list(INPUTS) for name in value)
+    if not isinstance(value, list | tuple) or not value:
+        return False
+    return all(value.count(name) == 1 and name in list(INPUTS) for name in value)
 
 
 def _is_number(value: object) -> bool:
