@@ -238,7 +238,7 @@ FOLDED = {**SMOOTH, "algorithm_args": {"folds": ["down_proj"]}}
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({**FOLDED, "modules_to_not_convert": ["lm_head", "w2"]}, "down_proj stay floats"),
+        ({**FOLDED, "modules_to_not_convert": ["lm_head", "w2"]}, "no down_proj is quantized"),
         ({**SMOOTH, "modules_to_not_convert": ["*.layers.*"]}, "asks for smooth, .*suppression"),
         ({**GPTQ, "modules_to_not_convert": ["*.layers.*"]}, "asks for gptq, .*recovery"),
         (

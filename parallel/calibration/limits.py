@@ -67,8 +67,8 @@ def _check_effects(scheme: QuantScheme, rows: dict[str, LinearScheme]) -> None:
     for name in scheme.algorithm_args.get("folds", ()):
         if products.isdisjoint(INPUTS[name]):
             raise QuantError(
-                f"`quant.algorithm_args.folds` has {name}, but {' and '.join(INPUTS[name])} "
-                "stay floats, so its fold would have no effect; drop it, or quantize them."
+                f"`quant.algorithm_args.folds` has {name}, but no {' or '.join(INPUTS[name])} is "
+                "quantized, so its fold would have no effect; drop it, or quantize them."
             )
     is_grouped = any(item.group_size for item in rows.values())
     if scheme.algorithm_args.get("static_groups") and not is_grouped:
