@@ -6,12 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from quant.errors import QuantError
+from quant.inputs import INPUTS
 
 if TYPE_CHECKING:
     from quant.scheme import QuantScheme
-
-# The inputs of a decoder layer's products that outliers may be moved out of.
-FOLDS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
 Check = Callable[[Any], bool]
 # The argument, whose it is, which values it takes, and those in words.
@@ -19,8 +17,8 @@ ARGUMENTS: Mapping[str, tuple[str, Check, str]] = {
     "alpha": ("smooth", lambda value: _is_number(value) and 0 <= value <= 1, "from 0 to 1"),
     "folds": (
         "outliers_suppression",
-        lambda value: isinstance(value, list | tuple) and bool(value) and set(value) <= set(FOLDS),
-        f"a list of {', '.join(FOLDS)}",
+        lambda value: _are_inputs(value),
+        f"a list of {', '.join(INPUTS)}, each at most once",
     ),
     "damp_percent": ("gptq", lambda value: _is_number(value) and 0 < value <= 1, "above 0, up to 1"),
     "desc_act": ("gptq", lambda value: isinstance(value, bool), "true or false"),
@@ -84,6 +82,12 @@ def _check_arguments(scheme: QuantScheme) -> None:
             )
         if not is_right(value):
             raise QuantError(f"`quant.algorithm_args.{name}` must be {words}, but is {value!r}.")
+
+
+def _are_inputs(value: object) -> bool:
+    if not isinstance(value, list | tuple) or not value:
+        return False
+    return all(value.count(name) == 1 and name in list(INPUTS) for name in value)
 
 
 def _is_number(value: object) -> bool:

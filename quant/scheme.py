@@ -98,7 +98,11 @@ class QuantScheme:
     @property
     def needs_calibration(self) -> bool:
         """Whether it takes texts to quantize so."""
-        is_static = self.activation_dtype is not None and self.act_quant_granularity == "per_tensor"
+        linears = [
+            self._linear(),
+            *(self._under(policy)._linear() for policy in self.layer_policies),
+        ]
+        is_static = any(linear is not None and linear.is_static for linear in linears)
         has_static_cache = (
             self.kvcache_dtype is not None and self.kvcache_quant_granularity == "per_channel"
         )
@@ -254,5 +258,5 @@ _TUPLES = ("modules_to_not_convert", "layer_policies")
 def _tuple(values: Mapping[str, Any], key: str) -> tuple[Any, ...]:
     value = values[key] if values[key] is not None else ()
     if not isinstance(value, list | tuple):
-        raise QuantError(f"`quant.{key}` must be a list, but is {value!r}.")
+        raise QuantError(f"`quant.{key}` must be a list, but is {value!r}; write [{value}].")
     return tuple(value)

@@ -78,7 +78,9 @@ def _check_types(scheme: QuantScheme) -> None:
             f"`quant.modules_to_not_convert` must be a list of patterns, but is {list(patterns)!r}."
         )
     if not isinstance(arguments, Mapping):
-        raise QuantError(f"`quant.algorithm_args` must be a mapping, but is {arguments!r}.")
+        raise QuantError(
+            f"`quant.algorithm_args` must be a mapping, but is {arguments!r}; write {{}} for none."
+        )
     size = scheme.group_size
     if size is not None and (type(size) is not int or size not in GROUP_SIZES):
         raise QuantError(

@@ -36,9 +36,9 @@ from parallel.calibration.walk import Calibration, calibrate
 from parallel.checkpoint.open import open_checkpoint
 from parallel.group import LoneGroup
 from quant.calibrate import Hessian
+from quant.inputs import INPUTS
 from quant.methods.awq import awq_scales
 from quant.methods.gptq import GPTQArguments, factor, round_rows
-from quant.methods.layer import INPUTS
 from quant.methods.ptq import Recipe
 from quant.numeric import Grid
 from quant.rounding import quantize

@@ -18,6 +18,7 @@ from launcher.resolve import DEMO
 from launcher.schema import CalibrationSection
 from launcher.text import open_tokenizer
 from parallel.calibration.held_out import HeldOut
+from parallel.calibration.limits import check_layers
 from parallel.calibration.recipes import recipe_of
 from parallel.calibration.walk import Calibration, calibrate
 from parallel.checkpoint.open import open_checkpoint
@@ -99,6 +100,7 @@ REFUSED = {
     "generate quant.quant_method=ptq quant.weight_dtype=int8": "needs calibration",
     "prepare output=x calibration.num_samples=3": "has no effect without calibration.data",
     "prepare output=x calibration.data=none.txt": "nothing is quantized",
+    "prepare output=x quant.max_perplexity_increase=1": "max_perplexity_increase` has no effect",
     "prepare output=x quant=rtn_a16w8 calibration.data=none.txt": "cannot be read",
     "prepare output=x quant.quant_method=smooth_quant quant.weight_dtype=int8": "int8 for both",
     "prepare output=x quant.quant_method=rtn quant.weight_dtype=int8 "
@@ -221,14 +223,49 @@ def test_file_without_texts_is_refused(name, content, says, tmp_path):
 
 
 def test_layers_of_unlike_activations_are_refused():
-    from parallel.calibration.limits import check_layers
-
     scheme = QuantScheme.from_dict({
         **SMOOTH, "quant_method": "ptq",
         "layer_policies": [{"pattern": "*.down_proj", "activation_dtype": None}],
     })  # fmt: skip
     with pytest.raises(QuantError, match="takes one kind for each layer"):
         check_layers(open_checkpoint(DEMO).layout(scheme))
+
+
+GROUPED_ARGS = {**GPTQ, "algorithm_args": {"static_groups": True}}
+FOLDED = {**SMOOTH, "algorithm_args": {"folds": ["down_proj"]}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({**FOLDED, "modules_to_not_convert": ["lm_head", "w2"]}, "no down_proj is quantized"),
+        ({**SMOOTH, "modules_to_not_convert": ["*.layers.*"]}, "asks for smooth, .*suppression"),
+        ({**GPTQ, "modules_to_not_convert": ["*.layers.*"]}, "asks for gptq, .*recovery"),
+        (
+            {**GROUPED_ARGS, "weight_quant_granularity": "per_channel", "group_size": None},
+            "static_groups.*no effect where no weight has groups",
+        ),
+    ],
+)
+def test_part_of_a_method_without_effect_is_refused(fields, says):
+    with pytest.raises(QuantError, match=says):
+        check_layers(open_checkpoint(DEMO).layout(QuantScheme.from_dict(fields)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "policy"),
+    [
+        (FOLDED, {"weight_dtype": None}),
+        (
+            {**GROUPED_ARGS, "weight_quant_granularity": "per_channel", "group_size": None},
+            {"weight_quant_granularity": "per_group", "group_size": 32},
+        ),
+    ],
+)
+def test_part_of_a_method_that_some_layer_has_a_use_for_is_taken(fields, policy):
+    policies = [{"pattern": "*.0.*", **policy}]
+    scheme = QuantScheme.from_dict({**fields, "layer_policies": policies})
+    check_layers(open_checkpoint(DEMO).layout(scheme))
 
 
 def with_outliers(folder: Path) -> Path:

@@ -22,8 +22,9 @@ from parallel.calibration.walk import Calibration, calibrate
 from parallel.checkpoint.open import open_checkpoint
 from parallel.errors import CheckpointError
 from parallel.group import LoneGroup, SimulatedGroup
+from quant.inputs import INPUTS
 from quant.methods.gptq import GPTQArguments
-from quant.methods.layer import INPUTS, Product, Rounded
+from quant.methods.layer import Product, Rounded
 from quant.methods.ptq import Recipe
 from quant.numeric import Grid, dequantize
 from quant.rounding import quantize

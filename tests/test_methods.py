@@ -16,10 +16,11 @@ from parallel.calibration.read import read_layer
 from parallel.checkpoint.open import open_checkpoint
 from quant.calibrate import ChannelAmax, ChannelMean, Hessian, TensorAmax, channel_mean
 from quant.errors import QuantError
+from quant.inputs import INPUTS
 from quant.methods.awq import awq_scales, best_scale
 from quant.methods.folding import fold, share
 from quant.methods.gptq import GPTQArguments, factor, round_rows
-from quant.methods.layer import INPUTS, Layer, Product, Rounded
+from quant.methods.layer import Layer, Product, Rounded
 from quant.methods.smooth_quant import smooth, smooth_scale
 from quant.numeric import Grid, dequantize
 from quant.rounding import quantize, weight_scale

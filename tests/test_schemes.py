@@ -23,6 +23,7 @@ GROUPED = {
     "quant_method": "rtn", "weight_dtype": "int4", "weight_quant_granularity": "per_group",
     "group_size": 128,
 }  # fmt: skip
+AWQ = {"quant_method": "ptq", "outliers_suppression": "awq"}
 
 
 def with_policies(*policies, **fields):
@@ -126,6 +127,11 @@ def test_policy_may_put_activations_back():
         ({"algorithm_args": {"alpha": 0.5}}, "no effect without smooth"),
         ({"weight_dtyp": "int8"}, r"not a key; did you mean weight_dtype\?$"),
         ({"layer_policies": "down_proj"}, "must be a list"),
+        ({"algorithm_args": None}, "must be a mapping"),
+        *(
+            ({**AWQ, "algorithm_args": {"folds": folds}}, "folds` must be a list of .*at most once")
+            for folds in ("down_proj", [], ["w2"], [["o_proj"]], ["o_proj", "o_proj"])
+        ),
     ],
 )
 def test_malformed_scheme_is_refused_with_the_reason(fields, says):
@@ -174,6 +180,13 @@ def test_policy_that_decides_of_nothing_is_refused(patterns, says):
     scheme = with_policies(*({"pattern": item, "weight_dtype": "int8"} for item in patterns))
     with pytest.raises(QuantError, match=says):
         scheme.for_modules(MODULES)
+
+
+def test_static_activations_of_a_policy_need_calibration_as_those_of_the_scheme_do():
+    static = {"activation_dtype": "int8", "act_quant_granularity": "per_tensor"}
+    policy = {"pattern": "*.0.*", "weight_dtype": "int8", **static}
+    assert with_policies({**policy, "weight_quant_granularity": "per_channel"}).needs_calibration
+    assert not with_policies({"pattern": "*.0.*", "weight_dtype": None}).needs_calibration
 
 
 def test_policies_that_leave_nothing_quantized_are_refused():

@@ -21,7 +21,8 @@ from parallel.model.decoder import MLP, Attention, HeadNorm, RMSNorm, Segment, S
 from parallel.model.placements import HEAD_NORMS
 from parallel.model.rope import cos_sin_table
 from quant.activations import LEVELS_INT8, quantize_rows
-from quant.methods.layer import INPUTS, Layer, Product, input_scale
+from quant.inputs import INPUTS
+from quant.methods.layer import Layer, Product, input_scale
 from quant.methods.ptq import KEY_VALUE
 
 # Told the name of an input, and the input; it may keep the tensor.

@@ -5,11 +5,13 @@ from __future__ import annotations
 from parallel.checkpoint.layout import SCALE_SUFFIX, Layout
 from parallel.model.placements import HEAD
 from quant.errors import QuantError
-from quant.scheme import LinearScheme
+from quant.inputs import INPUTS
+from quant.scheme import LinearScheme, QuantScheme
 
 
 def check_layers(layout: Layout) -> None:
-    """Raise QuantError for a layer that calibration takes no way through."""
+    """Raise QuantError for a layer that calibration takes no way through, or a part of the method
+    that no layer has a use for."""
     head = layout.schemes.get(HEAD)
     if head is not None and activations(head) == "per_tensor":
         raise QuantError(
@@ -20,6 +22,10 @@ def check_layers(layout: Layout) -> None:
         schemes = layer_schemes(layout, index)
         _check_activations(index, schemes)
         _check_dtypes(layout, index, schemes)
+    found = [layer_schemes(layout, index) for index in range(layout.config.num_hidden_layers)]
+    _check_effects(
+        layout.scheme, {name: item for schemes in found for name, item in schemes.items()}
+    )
 
 
 def layer_schemes(layout: Layout, index: int) -> dict[str, LinearScheme]:
@@ -46,6 +52,29 @@ def _check_activations(index: int, schemes: dict[str, LinearScheme]) -> None:
             "`quant.layer_policies` gives the linears of a layer different activations "
             f"({', '.join(sorted(map(str, kinds)))} in layer {index}), but calibration takes one kind "
             "for each layer; give all of them the same."
+        )
+
+
+def _check_effects(scheme: QuantScheme, rows: dict[str, LinearScheme]) -> None:
+    """Raise QuantError for a part of the method that changes nothing of the rows of all layers."""
+    for key, part in (("suppression", scheme.suppression), ("recovery", scheme.precision_recovery)):
+        if part is not None and not rows:
+            raise QuantError(
+                f"`quant` asks for {part}, but quantizes no linear of a decoder layer, so the {key} "
+                "would have no effect; drop a pattern of quant.modules_to_not_convert, or leave it out."
+            )
+    products = {name.split(".")[-2] for name in rows}
+    for name in scheme.algorithm_args.get("folds", ()):
+        if products.isdisjoint(INPUTS[name]):
+            raise QuantError(
+                f"`quant.algorithm_args.folds` has {name}, but no {' or '.join(INPUTS[name])} is "
+                "quantized, so its fold would have no effect; drop it, or quantize them."
+            )
+    is_grouped = any(item.group_size for item in rows.values())
+    if scheme.algorithm_args.get("static_groups") and not is_grouped:
+        raise QuantError(
+            "`quant.algorithm_args.static_groups` is true, which has no effect where no weight has "
+            "groups; drop it, or set quant.weight_quant_granularity=per_group."
         )
 
 

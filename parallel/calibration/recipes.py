@@ -7,7 +7,7 @@ import torch
 from parallel.calibration.limits import activations, layer_schemes, scale_dtypes
 from parallel.calibration.result import MODULES
 from parallel.checkpoint.layout import Layout
-from quant.method_checks import FOLDS
+from quant.inputs import INPUTS
 from quant.methods.gptq import GPTQArguments
 from quant.methods.ptq import Recipe
 from quant.numeric import Grid
@@ -32,7 +32,7 @@ def recipe_of(layout: Layout, index: int) -> Recipe | None:
         scale_dtype=getattr(torch, next(iter(scale_dtypes(layout, index)), "float32")),
         grids={name: Grid(item.bits, item.group_size) for name, item in found.items()},
         suppression=scheme.suppression if found else None,
-        folds=tuple(arguments.get("folds", FOLDS)),
+        folds=tuple(arguments.get("folds", INPUTS)),
         alpha=float(arguments.get("alpha", 0.5)),
         gptq=_gptq(scheme),
         activations=next(iter({activations(item) for item in found.values()}), None),

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant.methods.layer import INPUTS, Layer, Rounded, input_scale
+from quant.inputs import INPUTS
+from quant.methods.layer import Layer, Rounded, input_scale
 
 
 @dataclass(frozen=True)

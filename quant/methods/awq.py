@@ -14,8 +14,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from quant.inputs import INPUTS
 from quant.methods.folding import share
-from quant.methods.layer import INPUTS, Layer, blocks
+from quant.methods.layer import Layer, blocks
 from quant.numeric import Grid
 
 NUM_RATIOS = 20
@@ -26,7 +27,7 @@ def awq_scales(layer: Layer, name: str, input_mean_K: Tensor, grid: Grid) -> lis
     """The candidates, float32 [K] each: no scale at all, and one for each ratio of 0, 1/20 .. 19/20.
 
     Args:
-        name: which input: one of quant.methods.layer.INPUTS.
+        name: which input: one of quant.inputs.INPUTS.
         input_mean_K: float32 [K], the mean absolute value of each channel on the samples.
     """
     mean_K = share(layer, name, input_mean_K).double()

@@ -18,7 +18,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quant.methods.layer import INPUTS, Layer
+from quant.inputs import INPUTS
+from quant.methods.layer import Layer
 
 # The norm, or the product, that divides each input.
 PRECEDING = {

@@ -9,7 +9,7 @@ Shape suffixes: M rows (tokens), N out_features, K in_features, G groups of a ro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,13 +19,6 @@ from quant.activations import LEVELS_INT8, quantize_rows
 from quant.linear import linear
 from quant.numeric import Grid, dequantize, dequantize_into
 
-# The inputs of a decoder layer's products, in the order of a step, and the products of each.
-INPUTS: Mapping[str, tuple[str, ...]] = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "o_proj": ("o_proj",),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "down_proj": ("down_proj",),
-}
 # Rows of a weight that one thread of one rank works on at a time. Fixed, as a product's bits may
 # depend on its number of rows: that is why integers do not depend on who computes them.
 BLOCK_ROWS = 256

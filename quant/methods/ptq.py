@@ -25,10 +25,11 @@ from quant.calibrate import (
     TensorAmax,
     channel_mean,
 )
+from quant.inputs import INPUTS
 from quant.methods.awq import awq_scales, best_scale
 from quant.methods.folding import fold
 from quant.methods.gptq import GPTQArguments, factor, round_rows
-from quant.methods.layer import INPUTS, Layer, Product, Rounded
+from quant.methods.layer import Layer, Product, Rounded
 from quant.methods.smooth_quant import smooth
 from quant.numeric import Grid
 from quant.rounding import quantize

@@ -92,9 +92,9 @@ def _check_calibration(resolved: Resolved) -> None:
             "nothing to calibrate; give the checkpoint it was made from, or drop the calibration."
         )
     if not resolved.layout.schemes and resolved.layout.scheme.kvcache_dtype is None:
-        raise ConfigError(
-            "`calibration.data` has no effect, as nothing is quantized; write quant=NAME too."
-        )
+        has_gate = resolved.config.quant.max_perplexity_increase is not None
+        key = "quant.max_perplexity_increase" if has_gate else "calibration.data"
+        raise ConfigError(f"`{key}` has no effect, as nothing is quantized; write quant=NAME too.")
     from parallel.calibration.limits import check_layers
 
     check_layers(resolved.layout)
