@@ -23,7 +23,15 @@ GRIDS = [Grid(4), Grid(4, 32), Grid(4, 64), Grid(4, 128), Grid(8, 32), Grid(8, 1
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 # (out_features, in_features, first_column): whole blocks, several steps, a column, parts that begin
 # and end inside a group, at any column of eight, and within one group.
-SHAPES = [(64, 256, 0), (70, 515, 16), (3, 1, 5), (33, 201, 0), (32, 333, 29), (40, 3, 9)]
+SHAPES = [
+    (64, 256, 0),
+    (70, 515, 16),
+    (33, 1300, 24),
+    (3, 1, 5),
+    (33, 201, 0),
+    (32, 333, 29),
+    (40, 3, 9),
+]
 
 
 def make_weight(grid, shape, activation_dtype=None, scale_dtype=torch.bfloat16):

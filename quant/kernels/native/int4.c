@@ -8,9 +8,9 @@
 
    A channel's four bytes are two numbers of 16 bits, of the even columns and of the odd ones, and
    nibble i of each is that of pair i: two shifts give a register of pairs, which one instruction
-   multiplies by a pair of activations. Where there are several tiles of rows, the first one keeps the
-   weights of a step widened for the others, in the first cache. Activations lie in steps too, so that
-   a tile needs no address a row.
+   multiplies by a pair of activations. A tile has a part of the block's channels, two registers of them.
+   Where there are several tiles of rows, the first one keeps the part's weights of a step widened for the
+   others, in the first cache. Activations lie in steps too, so that a tile needs no address a row.
 
    Columns are counted from the last multiple of 8 at or before the first one's place in its group, so
    that a group begins at a multiple of 8 wherever a rank's part of a row begins. The columns before
@@ -27,7 +27,8 @@
 #include "rows.h"
 
 #define ROWS 6      /* most rows of a tile, as in int8.c */
-#define STEP 128    /* most columns at a time: 8 KB widened, 12 KB of a panel's activations */
+#define STEP 512    /* most columns at a time, whose sum fits int32: 16 KB of a part widened */
+#define ROW (STEP + 16) /* int16 from a row to the next: they begin in different banks of the cache */
 #define PANEL 48    /* rows whose sums a thread holds at a time */
 #define AHEAD 2048  /* bytes that one row's product fetches ahead */
 #define FLOAT16 4   /* a type that only scales have */
@@ -44,20 +45,22 @@ static inline float widen_float16(uint16_t half) {
 
 /* ---- for each instruction set ---- */
 
-/* Where a tile has its weights from: packed ones, nibbles perhaps kept widened for the next, or those. */
-enum { NIBBLES_ONCE, NIBBLES_KEPT, WIDE, BYTES };
+/* Where a tile has its weights from: packed ones, nibbles perhaps kept widened for the next, or those.
+   One row takes all parts of a block at once. */
+enum { NIBBLES_ROW, NIBBLES_ONCE, NIBBLES_KEPT, WIDE, BYTES };
 
 typedef struct {
     int64_t source;
-    const void *w;    /* packed, or WIDE: int16 [num_columns / 2][32][2] */
+    int64_t part;     /* of the block */
+    const void *w;    /* packed, or WIDE: int16 [num_columns / 2][channels of a part][2] */
     int16_t *wide;    /* where NIBBLES_KEPT are kept so */
-    const int16_t *x; /* [rows][STEP] */
+    const int16_t *x; /* [rows][ROW] */
     int64_t num_columns, rows;
     int64_t first_group, group; /* columns of the first group, which may begin before, and of others */
     const float *scale;         /* [groups][32], or NULL */
     float *out;           /* [rows][32], where there are scales: the scaled sums are added to it */
     int32_t *sums;        /* [rows][32], where there are none, and so but one group: they are stored */
-    const uint8_t *ahead; /* what is fetched meanwhile, ahead_step bytes for eight columns of a part */
+    const uint8_t *ahead; /* what is fetched meanwhile, ahead_step bytes for eight columns */
     int64_t ahead_step;
 } tile_t;
 
@@ -308,7 +311,7 @@ typedef struct {
     const int4_t *a;
     const set_t *set;
     int64_t columns, num_planes, num_groups; /* columns: a multiple of 8 */
-    const int16_t *q;                        /* [steps][M][planes][STEP] */
+    const int16_t *q;                        /* [steps][M][planes][ROW] */
     const float *row_scale;                  /* [M] */
     epilogue_t end;
 } product_t;
@@ -323,7 +326,7 @@ static int64_t column_bytes(const int4_t *a) { return BLOCK * a->bits / 8; }
 
 /* Of an activation, its column counted from the beginning of the first one's group. */
 static int64_t place_of(const product_t *p, int64_t m, int64_t plane, int64_t k) {
-    return ((k / STEP * p->a->M + m) * p->num_planes + plane) * STEP + k % STEP;
+    return ((k / STEP * p->a->M + m) * p->num_planes + plane) * ROW + k % STEP;
 }
 
 /* Rows of a tile: no row's planes apart, and 8 rows are two tiles of 4, not 6 and 2. */
@@ -337,39 +340,45 @@ static int64_t count_tiles(int64_t rows, int64_t num_planes) {
     return (rows + most - 1) / most;
 }
 
-/* What a tile has stored instead of adding it up. */
+/* What the tiles have stored instead of adding it up. */
 static void add_sums(
-    const product_t *p, int64_t rows, const int32_t *sums, const float *scale, totals_t *totals,
-    int64_t m) {
-    for (int64_t end = m + rows; m < end; m++, sums += p->num_planes * BLOCK)
+    const product_t *p, int64_t rows, const int32_t *sums, const float *scale, totals_t *totals) {
+    for (int64_t m = 0; m < rows; m++, sums += p->num_planes * BLOCK)
         if (scale) p->set->add_planes(sums, scale, totals->scaled + m * BLOCK);
         else p->set->add_step(sums, p->num_planes, totals->whole + m * BLOCK);
 }
 
 /* Some columns of a block times some rows: t says all but the rows.
-   wide: room for the columns, where there are several tiles. */
+   wide: room for the columns of a part, where there are several tiles. */
 static void multiply_step(
     const product_t *p, tile_t *t, int64_t rows, const float *scale, totals_t *totals, int16_t *wide) {
     const int4_t *a = p->a;
-    int32_t sums[ROWS * BLOCK];
+    int32_t sums[2 * PANEL * BLOCK];
     int64_t num_planes = p->num_planes, num_tiles = count_tiles(rows, num_planes);
+    int is_row = a->bits == 4 && rows * num_planes == 1;
+    int64_t num_parts = is_row ? 1 : p->set->num_parts;
     const int16_t *q = t->x;
-    t->source = a->bits == 8 ? BYTES : num_tiles > 1 ? NIBBLES_KEPT : NIBBLES_ONCE;
+    const void *w = t->w;
     t->wide = wide;
-    t->sums = sums;
     /* Each tile fetches its share of the weights that come next, so that memory never waits. */
-    t->ahead = (const uint8_t *)t->w + t->num_columns * column_bytes(a);
-    t->ahead_step = 8 * column_bytes(a) / (num_tiles * p->set->num_parts);
-    for (int64_t m = 0, count; m < rows; m += count) {
-        count = tile_rows(rows - m, num_planes);
-        t->x = q + m * num_planes * STEP;
-        t->rows = count * num_planes;
-        t->out = totals->scaled + m * BLOCK;
-        p->set->tile(t);
-        if (!t->scale) add_sums(p, count, sums, scale, totals, m);
-        t->ahead += p->set->num_parts * t->num_columns / 8 * t->ahead_step;
-        if (t->source == NIBBLES_KEPT) t->source = WIDE, t->w = wide;
+    t->ahead = (const uint8_t *)w + t->num_columns * column_bytes(a);
+    t->ahead_step = 8 * column_bytes(a) / (num_tiles * num_parts);
+    int64_t nibbles = is_row ? NIBBLES_ROW : num_tiles > 1 ? NIBBLES_KEPT : NIBBLES_ONCE;
+    for (t->part = 0; t->part < num_parts; t->part++) {
+        t->w = w;
+        t->source = a->bits == 8 ? BYTES : nibbles;
+        for (int64_t m = 0, count; m < rows; m += count) {
+            count = tile_rows(rows - m, num_planes);
+            t->x = q + m * num_planes * ROW;
+            t->rows = count * num_planes;
+            t->out = totals->scaled + m * BLOCK;
+            t->sums = sums + m * num_planes * BLOCK;
+            p->set->tile(t);
+            t->ahead += t->num_columns / 8 * t->ahead_step;
+            if (t->source == NIBBLES_KEPT) t->source = WIDE, t->w = wide;
+        }
     }
+    if (!t->scale) add_sums(p, rows, sums, scale, totals);
 }
 
 static void finish(const product_t *p, int64_t m, int64_t n0, totals_t *totals, int64_t at) {

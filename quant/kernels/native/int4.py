@@ -30,7 +30,7 @@ from quant.weight import (
 )
 
 COLUMNS = 8  # whose nibbles lie in four bytes
-STEP = 128  # as in int4.c, a multiple of all group sizes
+STEP, ROW = 512, 528  # as in int4.c; a step is a multiple of all group sizes
 SCALE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 4}
 
 
@@ -76,7 +76,7 @@ class GroupedNativeWeight(NativeWeight):
         num_rows, in_features = x_MK.shape
         assert in_features == self.shape[1], (x_MK.shape, self.shape)
         num_steps = -(-(self._first + self._before + in_features) // STEP)
-        work_size = num_rows * (num_planes(levels) * 2 * num_steps * STEP + 4)
+        work_size = num_rows * (num_planes(levels) * 2 * num_steps * ROW + 4)
         work = torch.empty(work_size, dtype=torch.uint8)
         out_MN = torch.empty(num_rows, self.shape[0], dtype=out_dtype)
         is_grouped = self._scales is not None

@@ -55,23 +55,22 @@ TARGET static void NAME(int4_row)(const tile_t *t) {
     } while (x < end);
 }
 
-/* 2 * LANES weights, pair i of eight columns at w, of the channels from LANES * v on. */
+/* 2 * LANES weights, pair i of eight columns at w, of the lower or the higher half of a part. */
 TARGET static inline __attribute__((always_inline)) W NAME(weights)(
-    const int source, const void *w, int64_t v, const int i) {
-    if (source == WIDE) return LOAD_W((const int16_t *)w + 2 * BLOCK * i + 2 * LANES * v);
-    if (source == BYTES)
-        return LOAD_BYTES((const uint8_t *)w + 2 * BLOCK * i + 2 * LANES * v);
-    return NIBBLES(LOAD_NIBBLES((const uint8_t *)w + 4 * LANES * v), i);
+    const int source, const void *w, int64_t v, const int half, const int i) {
+    if (source == WIDE) return LOAD_W((const int16_t *)w + 2 * LANES * (2 * i + half));
+    if (source == BYTES) return LOAD_BYTES((const uint8_t *)w + 2 * BLOCK * i + 2 * LANES * (v + half));
+    return NIBBLES(LOAD_NIBBLES((const uint8_t *)w + 4 * LANES * (v + half)), i);
 }
 
-/* Two registers of channels from LANES * v on, `rows` rows: 2 * rows sums stay in registers. */
+/* A part of the block: two registers of channels, `rows` rows: 2 * rows sums stay in registers. */
 TARGET static inline __attribute__((always_inline)) void NAME(int4_part)(
-    const int source, const tile_t *t, const int rows, const int64_t v) {
+    const int source, const tile_t *t, const int rows) {
+    int64_t v = 2 * t->part, ahead_step = t->ahead_step;
     const char *w = t->w;
     int16_t *wide = t->wide;
     const int16_t *x = t->x;
-    const uint8_t *ahead = t->ahead + v / 2 * (t->num_columns / 8 * t->ahead_step);
-    int64_t ahead_step = t->ahead_step;
+    const uint8_t *ahead = t->ahead;
     const int16_t *end = x + t->num_columns, *group_end = x + t->first_group;
     const float *scale = t->scale;
     do {
@@ -81,25 +80,25 @@ TARGET static inline __attribute__((always_inline)) void NAME(int4_part)(
             __builtin_prefetch(ahead, 0, 3);
             if (source == BYTES) __builtin_prefetch(ahead + 64, 0, 3);
             ahead += ahead_step;
-#define PAIR(i)                                                                                \
-    {                                                                                          \
-        W w_low = NAME(weights)(source, w, v, i), w_high = NAME(weights)(source, w, v + 1, i); \
-        if (source == NIBBLES_KEPT) {                                                          \
-            STORE_W(wide + 2 * BLOCK * i + 2 * LANES * v, w_low);                              \
-            STORE_W(wide + 2 * BLOCK * i + 2 * LANES * (v + 1), w_high);                       \
-        }                                                                                      \
-        for (int m = 0; m < rows; m++) {                                                       \
-            W pair = LOAD_X(x + m * STEP + 2 * i);                                         \
-            low[m] = DOT(low[m], w_low, pair);                                                 \
-            high[m] = DOT(high[m], w_high, pair);                                              \
-            /* Hoisted loads would need more registers than there are. */                      \
-            KEEP(low[m], high[m]);                                                             \
-        }                                                                                      \
+#define PAIR(i)                                                                                    \
+    {                                                                                              \
+        W w_low = NAME(weights)(source, w, v, 0, i), w_high = NAME(weights)(source, w, v, 1, i);   \
+        if (source == NIBBLES_KEPT) {                                                              \
+            STORE_W(wide + 4 * LANES * i, w_low);                                                  \
+            STORE_W(wide + 4 * LANES * i + 2 * LANES, w_high);                                     \
+        }                                                                                          \
+        for (int m = 0; m < rows; m++) {                                                           \
+            W pair = LOAD_X(x + m * ROW + 2 * i);                                                  \
+            low[m] = DOT(low[m], w_low, pair);                                                     \
+            high[m] = DOT(high[m], w_high, pair);                                                  \
+            /* Hoisted loads would need more registers than there are. */                          \
+            KEEP(low[m], high[m]);                                                                 \
+        }                                                                                          \
     }
             FOUR(PAIR)
 #undef PAIR
-            w += BLOCK * (source == WIDE ? 16 : source == BYTES ? 8 : 4);
-            wide += 8 * BLOCK;
+            w += source == WIDE ? 32 * LANES : source == BYTES ? 8 * BLOCK : 4 * BLOCK;
+            wide += 16 * LANES;
         }
         for (int m = 0; m < rows; m++) {
             int64_t at = BLOCK * m + LANES * v;
@@ -118,24 +117,21 @@ TARGET static inline __attribute__((always_inline)) void NAME(int4_part)(
 
 TARGET static inline __attribute__((always_inline)) void NAME(int4_rows)(
     const int source, const tile_t *t) {
-    for (int v = 0; v < NUM_V; v += 2)
-        switch (t->rows) {
-        case 1: NAME(int4_part)(source, t, 1, v); break;
-        case 2: NAME(int4_part)(source, t, 2, v); break;
-        case 3: NAME(int4_part)(source, t, 3, v); break;
-        case 4: NAME(int4_part)(source, t, 4, v); break;
-        case 5: NAME(int4_part)(source, t, 5, v); break;
-        default: NAME(int4_part)(source, t, 6, v); break;
-        }
+    switch (t->rows) {
+    case 1: NAME(int4_part)(source, t, 1); break;
+    case 2: NAME(int4_part)(source, t, 2); break;
+    case 3: NAME(int4_part)(source, t, 3); break;
+    case 4: NAME(int4_part)(source, t, 4); break;
+    case 5: NAME(int4_part)(source, t, 5); break;
+    default: NAME(int4_part)(source, t, 6); break;
+    }
 }
 
-/* At most ROWS rows times the weights of a step, from wherever they are. */
+/* At most ROWS rows times a part's weights of a step, from wherever they are. */
 TARGET static void NAME(int4_tile)(const tile_t *t) {
     switch (t->source) {
-    case NIBBLES_ONCE:
-        if (t->rows == 1) NAME(int4_row)(t);
-        else NAME(int4_rows)(NIBBLES_ONCE, t);
-        break;
+    case NIBBLES_ROW: NAME(int4_row)(t); break;
+    case NIBBLES_ONCE: NAME(int4_rows)(NIBBLES_ONCE, t); break;
     case NIBBLES_KEPT: NAME(int4_rows)(NIBBLES_KEPT, t); break;
     case WIDE: NAME(int4_rows)(WIDE, t); break;
     default: NAME(int4_rows)(BYTES, t); break;

@@ -258,7 +258,7 @@ static void multiply(const product_t *p, int64_t block, int64_t m0, int64_t rows
    theirs, -128 to 127. levels: the largest |q|; above 32767 it takes two planes. scale: [N]. bias: [N]
    of bias_type or NULL. out: [M, N] of out_type; INT32 and INT64 take the bare sums. damaged: NULL, or
    room for M, which become 1 for a row that holds an infinity or a NaN, else 0.
-   work: room for planes * M * (K rounded up to even) int16 and, behind them, M floats. */
+   work: room for planes * M * (K rounded up to even, + 16) int16 and, behind them, M floats. */
 typedef struct {
     int64_t set;
     const void *x;
@@ -278,7 +278,8 @@ typedef struct {
 
 /* out = x @ W.T * scale + bias. */
 int shardrun_linear(const linear_t *a) {
-    int64_t M = a->M, K = a->K, num_planes = a->levels > 32767 ? 2 : 1, stride = (K + 1) / 2 * 2;
+    /* Rows begin in different banks of the cache. */
+    int64_t M = a->M, K = a->K, num_planes = a->levels > 32767 ? 2 : 1, stride = (K + 1) / 2 * 2 + 16;
     int16_t *q = a->work;
     float *row_scale = (float *)(q + num_planes * M * stride);
     product_t p = {SETS[a->set].block, M, K, a->N, num_planes, stride, q, row_scale, a->packed,

@@ -70,7 +70,7 @@ class Int8NativeWeight(NativeWeight):
         x_MK = with_rows(x_MK)
         num_rows, in_features = x_MK.shape
         assert in_features == self.shape[1], (x_MK.shape, self.shape)
-        work_size = num_rows * (num_planes(levels) * 2 * (in_features + in_features % 2) + 4)
+        work_size = num_rows * (num_planes(levels) * 2 * (in_features + in_features % 2 + 16) + 4)
         work = torch.empty(work_size, dtype=torch.uint8)
         call(
             "linear", self._set_index, x_MK, TYPES[x_MK.dtype], x_MK.stride(0), amax_M,
