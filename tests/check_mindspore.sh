@@ -5,7 +5,7 @@
 #
 # Outside of CI: needs `pip install mindspore` (about 1 GB), best in an environment of its own, 5 GB of
 # memory and 3 GB of disk. Settings: tests/check_reference.sh; CHECKPOINT is a Hugging Face directory of
-# one safetensors file. Exit 77: no mindspore.
+# one safetensors file, float32 where the numpy beside MindSpore has no bfloat16. Exit 77: no mindspore.
 
 here=$(cd "$(dirname "$0")" && pwd)
 MINDSPORE_PYTHON=${MINDSPORE_PYTHON:-python3}
