@@ -288,7 +288,7 @@ void shardrun_pack_nibbles(
    the first packed column in its group. scales: [N / 32][groups][32] of scales_type, or NULL.
    scale: [N], or NULL where there are scales. bare: the sums are stored as they are, FLOAT32 where
    there are groups, else INT32 or INT64. work: room for M floats and, behind them, M * planes rows of
-   int16, as many as there are columns from the beginning of the first group, in whole steps. */
+   int16, ROW for each step that the columns take from the beginning of the first group. */
 typedef struct {
     int64_t set;
     const void *x;
