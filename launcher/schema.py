@@ -96,7 +96,9 @@ class QuantSection:
     weight_dtype: str | None = _key(None, "int8, int4 or null")
     activation_dtype: str | None = _key(None, "null: activations stay in the compute dtype")
     kvcache_dtype: str | None = _key(None, "int8, or null: the KV cache is in the compute dtype")
-    outliers_suppression: str | None = _key(None, "smooth, awq or null; of ptq")
+    outliers_suppression: str | None = _key(
+        None, "smooth, awq or null; of ptq, and smooth of smooth_quant"
+    )
     precision_recovery: str | None = _key(None, "gptq or null; of ptq")
     modules_to_not_convert: list[str] = _key(
         ["lm_head"], "patterns of modules left alone, on the whole path or the last component"

@@ -58,16 +58,18 @@ def _check_smooth_quant(scheme: QuantScheme) -> None:
             f"{scheme.activation_dtype}; write int8 for both, or "
             "quant.quant_method=ptq quant.outliers_suppression=smooth."
         )
-    if scheme.outliers_suppression == "awq" or scheme.precision_recovery is not None:
+    if (scheme.outliers_suppression, scheme.precision_recovery) != ("smooth", None):
         raise QuantError(
-            "`quant.quant_method` is smooth_quant, which takes neither awq nor gptq; write "
+            "`quant.quant_method` is smooth_quant, whose outliers_suppression is smooth and whose "
+            f"precision_recovery is null, but they are {scheme.outliers_suppression or 'null'} and "
+            f"{scheme.precision_recovery or 'null'}; write quant=smooth_quant, or "
             "quant.quant_method=ptq."
         )
 
 
 def _check_arguments(scheme: QuantScheme) -> None:
-    parts = {scheme.suppression, scheme.precision_recovery}
-    if scheme.suppression is not None:
+    parts = {scheme.outliers_suppression, scheme.precision_recovery}
+    if scheme.outliers_suppression is not None:
         parts.add("outliers_suppression")
     for name, value in scheme.algorithm_args.items():
         if name not in ARGUMENTS:

@@ -91,11 +91,6 @@ class QuantScheme:
         )
 
     @property
-    def suppression(self) -> str | None:
-        """What is done about outliers: "smooth", "awq" or None."""
-        return "smooth" if self.quant_method == "smooth_quant" else self.outliers_suppression
-
-    @property
     def needs_calibration(self) -> bool:
         """Whether it takes texts to quantize so."""
         linears = [

@@ -46,7 +46,7 @@ SMOOTH, AWQ = {"outliers_suppression": "smooth"}, {"outliers_suppression": "awq"
 GPTQ: dict[str, object] = {"precision_recovery": "gptq"}
 METHODS: Mapping[str, Mapping[str, object]] = {
     "rtn": {"quant_method": "rtn"},
-    "smooth_quant": {"quant_method": "smooth_quant"},
+    "smooth_quant": {"quant_method": "smooth_quant", **SMOOTH},
     "ptq": {"quant_method": "ptq"},
     "smooth": {"quant_method": "ptq", **SMOOTH},
     "awq": {"quant_method": "ptq", **AWQ},

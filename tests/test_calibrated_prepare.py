@@ -33,7 +33,10 @@ GPTQ = {
     "quant_method": "ptq", "weight_dtype": "int4", "weight_quant_granularity": "per_group",
     "group_size": 32, "precision_recovery": "gptq",
 }  # fmt: skip
-SMOOTH = {"quant_method": "smooth_quant", "weight_dtype": "int8", "activation_dtype": "int8"}
+SMOOTH = {
+    "quant_method": "smooth_quant", "weight_dtype": "int8", "activation_dtype": "int8",
+    "outliers_suppression": "smooth",
+}  # fmt: skip
 SHORT = ("calibration.num_samples=12", "calibration.num_held_out=3", "calibration.max_length=64")
 
 
@@ -103,6 +106,7 @@ REFUSED = {
     "prepare output=x quant.max_perplexity_increase=1": "max_perplexity_increase` has no effect",
     "prepare output=x quant=rtn_a16w8 calibration.data=none.txt": "cannot be read",
     "prepare output=x quant.quant_method=smooth_quant quant.weight_dtype=int8": "int8 for both",
+    "prepare output=x quant=smooth_quant quant.outliers_suppression=null": "null and null; write",
     "prepare output=x quant.quant_method=rtn quant.weight_dtype=int8 "
     "quant.precision_recovery=gptq": "no effect while quant.quant_method is rtn",
     "prepare output=x quant.quant_method=ptq quant.weight_dtype=int8 "
@@ -239,8 +243,8 @@ FOLDED = {**SMOOTH, "algorithm_args": {"folds": ["down_proj"]}}
     ("fields", "says"),
     [
         ({**FOLDED, "modules_to_not_convert": ["lm_head", "w2"]}, "no down_proj is quantized"),
-        ({**SMOOTH, "modules_to_not_convert": ["*.layers.*"]}, "asks for smooth, .*suppression"),
-        ({**GPTQ, "modules_to_not_convert": ["*.layers.*"]}, "asks for gptq, .*recovery"),
+        ({**SMOOTH, "modules_to_not_convert": ["*.layers.*"]}, "outliers_suppression` is smooth, but no linear"),
+        ({**GPTQ, "modules_to_not_convert": ["*.layers.*"]}, "precision_recovery` is gptq, but no linear"),
         (
             {**GROUPED_ARGS, "weight_quant_granularity": "per_channel", "group_size": None},
             "static_groups.*no effect where no weight has groups",
@@ -316,7 +320,7 @@ def increase(path: Path, fields: Mapping[str, object], num_tokens: int = 1024) -
 
 def test_smooth_quant_beats_plain_int8_where_channels_are_outliers(tmp_path):
     path = with_outliers(tmp_path)
-    plain = {**SMOOTH, "quant_method": "rtn"}
+    plain = {**SMOOTH, "quant_method": "rtn", "outliers_suppression": None}
     assert increase(path, SMOOTH) < 0.1 * increase(path, plain)
 
 

@@ -120,7 +120,7 @@ def test_policy_may_put_activations_back():
                 "activation_dtype": "int8",
                 "precision_recovery": "gptq",
             },
-            "takes neither awq nor gptq",
+            "they are null and gptq; write quant=smooth_quant",
         ),
         ({"outliers_suppression": "awq"}, "no effect while quant.quant_method is rtn"),
         ({"precision_recovery": "gptq"}, "no effect while quant.quant_method is rtn"),

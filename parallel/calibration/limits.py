@@ -57,11 +57,12 @@ def _check_activations(index: int, schemes: dict[str, LinearScheme]) -> None:
 
 def _check_effects(scheme: QuantScheme, rows: dict[str, LinearScheme]) -> None:
     """Raise QuantError for a part of the method that changes nothing of the rows of all layers."""
-    for key, part in (("suppression", scheme.suppression), ("recovery", scheme.precision_recovery)):
-        if part is not None and not rows:
+    for key in ("outliers_suppression", "precision_recovery"):
+        if getattr(scheme, key) is not None and not rows:
             raise QuantError(
-                f"`quant` asks for {part}, but quantizes no linear of a decoder layer, so the {key} "
-                "would have no effect; drop a pattern of quant.modules_to_not_convert, or leave it out."
+                f"`quant.{key}` is {getattr(scheme, key)}, but no linear of a decoder layer is "
+                "quantized, so it would have no effect; drop a pattern of "
+                "quant.modules_to_not_convert, or leave it out."
             )
     products = {name.split(".")[-2] for name in rows}
     for name in scheme.algorithm_args.get("folds", ()):

@@ -31,7 +31,7 @@ def recipe_of(layout: Layout, index: int) -> Recipe | None:
     return Recipe(
         scale_dtype=getattr(torch, next(iter(scale_dtypes(layout, index)), "float32")),
         grids={name: Grid(item.bits, item.group_size) for name, item in found.items()},
-        suppression=scheme.suppression if found else None,
+        suppression=scheme.outliers_suppression if found else None,
         folds=tuple(arguments.get("folds", INPUTS)),
         alpha=float(arguments.get("alpha", 0.5)),
         gptq=_gptq(scheme),
