@@ -243,8 +243,14 @@ FOLDED = {**SMOOTH, "algorithm_args": {"folds": ["down_proj"]}}
     ("fields", "says"),
     [
         ({**FOLDED, "modules_to_not_convert": ["lm_head", "w2"]}, "no down_proj is quantized"),
-        ({**SMOOTH, "modules_to_not_convert": ["*.layers.*"]}, "outliers_suppression` is smooth, but no linear"),
-        ({**GPTQ, "modules_to_not_convert": ["*.layers.*"]}, "precision_recovery` is gptq, but no linear"),
+        (
+            {**SMOOTH, "modules_to_not_convert": ["*.layers.*"]},
+            "outliers_suppression` is smooth, but no linear",
+        ),
+        (
+            {**GPTQ, "modules_to_not_convert": ["*.layers.*"]},
+            "precision_recovery` is gptq, but no linear",
+        ),
         (
             {**GROUPED_ARGS, "weight_quant_granularity": "per_channel", "group_size": None},
             "static_groups.*no effect where no weight has groups",
