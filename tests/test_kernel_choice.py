@@ -214,5 +214,8 @@ def test_survey_takes_no_module_from_the_directory_it_is_called_in(monkeypatch, 
 
 def test_failed_survey_is_a_sentence(monkeypatch):
     monkeypatch.setattr(kernels.sys, "executable", "/bin/false")
+    monkeypatch.setattr(kernels, "cache_path", lambda: None)
     with pytest.raises(ConfigError, match="write kernel=reference"):
-        kernels._measure()
+        choose_kernel(config(device="cpu"), ["w8a8"])
+    chosen, notes = choose_kernel(config(device="cpu", kernel="reference"), ["w8a8"])
+    assert (chosen.kernel, notes) == ("reference", ())
