@@ -13,7 +13,7 @@ host or absolute path is written.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,20 +68,14 @@ def write_prepared(
     with _owned(group, unfinished):
         if group.rank == 0:
             copy_files(source.path, unfinished.whole, lambda _: config)
-            for shard in _open_shards(layout, ranks, size, unfinished):
-                shard.close()
-        group.barrier()
-        _check_shared(unfinished)
-        shards = _open_shards(layout, ranks, size, unfinished)
-        journal = Journal(unfinished.directory, group.rank)
-        try:
-            Conversion(layout, source, size, shards, journal).run(
-                _share(read_bytes(layout, source, size, ranks), group), num_threads, on_bytes
-            )
-        finally:
-            journal.close()
-            for shard in shards:
-                shard.close()
+        with _shards(layout, ranks, size, unfinished, group) as shards:
+            journal = Journal(unfinished.directory, group.rank)
+            try:
+                Conversion(layout, source, size, shards, journal).run(
+                    _share(read_bytes(layout, source, size, ranks), group), num_threads, on_bytes
+                )
+            finally:
+                journal.close()
         group.barrier()
         if group.rank == 0:
             records = unfinished.read_records()
@@ -116,10 +110,21 @@ def _check_shared(unfinished: Unfinished) -> None:
         )
 
 
-def _open_shards(
-    layout: Layout, ranks: Sequence[int], size: int, unfinished: Unfinished
-) -> list[ShardFile]:
-    return [ShardFile(layout, rank, size, unfinished.whole) for rank in ranks]
+@contextmanager
+def _shards(
+    layout: Layout, ranks: Sequence[int], size: int, unfinished: Unfinished, group: Group
+) -> Iterator[list[ShardFile]]:
+    """The files of all `ranks`, open; rank 0 makes them, the others wait for it."""
+    with ExitStack() as stack:
+
+        def opened() -> list[ShardFile]:
+            files = (ShardFile(layout, rank, size, unfinished.whole) for rank in ranks)
+            return [stack.enter_context(closing(file)) for file in files]
+
+        shards = opened() if group.rank == 0 else []
+        group.barrier()
+        _check_shared(unfinished)
+        yield shards or opened()
 
 
 def _share(jobs: Mapping[str, int], group: Group) -> dict[str, int]:
