@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from launcher.resolve import DEMO
+from parallel.checkpoint.conversion import work_order
 from parallel.checkpoint.open import open_checkpoint
 from parallel.checkpoint.readers.prepared import PreparedSource
 from parallel.checkpoint.store import write_prepared
@@ -58,6 +59,12 @@ def source(request):
 def prepared(source, tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared")
     return {size: prepare(source, folder / f"tp{size}", size) for size in (1, 2, 4, 8)}
+
+
+def test_large_tensors_do_not_come_last():
+    sizes = {"first": 1, "gate": 4, "down": 4, "norm": 1, "lm_head": 9}
+    assert work_order(sizes, 3) == ["first", "gate", "lm_head", "down", "norm"]
+    assert work_order(sizes, 99) == ["lm_head", "gate", "down", "first", "norm"]
 
 
 def test_integers_and_scales_are_the_same_at_every_size(prepared):

@@ -29,6 +29,8 @@ from parallel.placement import Index, index_shape
 # Of the source, at a time: large enough for the disk, small enough for the caches.
 BLOCK_BYTES = 16 << 20
 _FLUSH_EVERY_S = 0.2
+# Of the last tensors, for each thread: those of a layer or two.
+_TAIL = 4
 # A run of rows, [start, stop).
 Run = tuple[int, int]
 
@@ -84,7 +86,8 @@ class Conversion:
         pool = ThreadPoolExecutor(num_threads + 1)
         flushing = pool.submit(self._flush)
         try:
-            for name in pool.map(lambda name: self._convert(name, rows[name]), jobs):
+            names = work_order(jobs, _TAIL * num_threads)
+            for name in pool.map(lambda name: self._convert(name, rows[name]), names):
                 on_bytes(jobs[name])
         finally:
             self._is_stopped.set()
@@ -219,6 +222,14 @@ def rows_by_source(layout: Layout, source: Source) -> dict[str, list[Row]]:
         rows.setdefault(source_name(source, row), []).append(row)
     order = {name: at for at, name in enumerate(source.tensors)}
     return dict(sorted(rows.items(), key=lambda item: order[item[0]]))
+
+
+def work_order(jobs: Mapping[str, int], tail: int) -> list[str]:
+    """The names in their order, but of the last `tail` the largest first: an embedding or head at the
+    very end would keep one thread while the others have nothing left."""
+    names = list(jobs)
+    cut = max(0, len(names) - tail)
+    return names[:cut] + sorted(names[cut:], key=lambda name: -jobs[name])
 
 
 def num_bytes(source: Source, name: str) -> int:
