@@ -17,6 +17,7 @@ from launcher.host import kernels
 from launcher.host.kernels import choose_kernel, fastest, slower_than_bfloat16
 from launcher.job import first_difference
 from quant.kernels import choice
+from quant.kernels.survey import Stopwatch
 
 
 def entry(decode_ms, prefill_ms, problem=None):
@@ -164,7 +165,7 @@ def test_nobody_waits_for_ever_for_one_that_stands_still(monkeypatch, tmp_path):
 
 def test_busy_machine_is_measured_once_a_product(monkeypatch):
     calls = []
-    times = choice._time_rows([lambda x_MK: calls.append(len(x_MK))], torch.float32, deadline=0.0)
+    times = Stopwatch(0.0).times([lambda x_MK: calls.append(len(x_MK))], torch.float32)
     assert set(times) == {"1", "8", "128"}
     assert calls == [1, 1, 8, 8, 128, 128]  # one before, to warm up
 
@@ -202,7 +203,7 @@ def test_what_libraries_print_is_not_the_answer(monkeypatch):
 def test_survey_takes_no_module_from_the_directory_it_is_called_in(monkeypatch, tmp_path):
     (tmp_path / "torch.py").write_text("raise SystemExit('this was executed')")
     monkeypatch.chdir(tmp_path)
-    script = "import torch, quant.kernels.choice; print('{}')"
+    script = "import torch, quant.kernels.survey; print('{}')"
     real = subprocess.run
 
     def run(command, **how):

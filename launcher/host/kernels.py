@@ -1,6 +1,6 @@
 """The kernel of a job: chosen once, from what was measured on this machine, and the same on all ranks.
 
-The survey (quant/kernels/choice.py) runs in a child process, once for a processor and versions, and
+The survey (quant/kernels/survey.py) runs in a child process, once for a processor and versions, and
 is kept among the user's caches. Importing this module does not import torch.
 """
 
@@ -196,7 +196,7 @@ def _is_locked(file: IO[str]) -> bool:
 
 def _measure() -> dict[str, Any]:
     # -P: a file of the directory that we are called in must not stand in for a module.
-    command = [sys.executable, "-P", "-m", "quant.kernels.choice"]
+    command = [sys.executable, "-P", "-m", "quant.kernels.survey"]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(_num_cores()),
