@@ -11,9 +11,6 @@
 #ifdef __x86_64__
 #define SET avx2
 #include "elementwise.h"
-#define CHOOSE(set, name) ((set) > 0 ? name##_avx2 : name##_portable)
-#else
-#define CHOOSE(set, name) name##_portable
 #endif
 /* Elements that are not worth a second thread. */
 #define SMALL 4096

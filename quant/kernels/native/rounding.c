@@ -18,9 +18,6 @@ static inline float widen_finite_half(uint16_t half) {
 #ifdef __x86_64__
 #define SET avx2
 #include "rounding.h"
-#define CHOOSE(set, name) ((set) > 0 ? name##_avx2 : name##_portable)
-#else
-#define CHOOSE(set, name) name##_portable
 #endif
 
 typedef struct {
