@@ -265,6 +265,19 @@ def test_awq_beats_rounding_to_nearest_where_channels_are_salient(outliers):
     assert error_of(outliers, Recipe(torch.float32, INT4, suppression="awq")) < 0.8 * plain
 
 
+def test_awq_judges_o_and_down_by_themselves(outliers):
+    """The scales of q, k, v, gate and up, which the norms before them divide, have no say in theirs."""
+
+    def rounded(*folds: str) -> dict[str, Rounded]:
+        recipe = Recipe(torch.float32, INT4, suppression="awq", folds=folds)
+        return dict(walk(calibration(outliers, recipe))[0][0].rounded)
+
+    together, alone = rounded(*INPUTS), rounded("o_proj", "down_proj")
+    for name in ("o_proj", "down_proj"):
+        assert torch.equal(together[name].values_NK, alone[name].values_NK), name
+        assert torch.equal(together[name].scale_NG, alone[name].scale_NG), name
+
+
 def test_smooth_quant_beats_plain_int8_activations_where_channels_are_outliers(outliers):
     recipe = Recipe(torch.float32, INT8, activations="per_tensor")
     plain = error_of(outliers, recipe)

@@ -151,16 +151,19 @@ def _search(layer: Layer, samples: Samples, recipe: Recipe, names: list[str]) ->
     means = {name: channel_mean(seen) for name, seen in samples.observe(layer, makers).items()}
     for block in dict.fromkeys(BLOCKS[name] for name in names):
         loss_of = samples.judge(layer, block)
+        best: dict[str, Tensor] = {}
         for name in (name for name in names if BLOCKS[name] == block):
             grid = next(recipe.grids[p] for p in INPUTS[name] if p in recipe.grids)
             candidates = awq_scales(layer, name, means[name], grid)
-            best_K = best_scale(
+            best[name] = best_scale(
                 candidates,
                 lambda scale_K, name=name, loss_of=loss_of: loss_of(  # type: ignore[misc]
                     _trial(layer, samples, recipe, name, scale_K)
                 ),
             )
-            fold(layer, name, best_K)
+        # Not before all are found: the judge's inputs are those of the block's norm as it was.
+        for name, scale_K in best.items():
+            fold(layer, name, scale_K)
 
 
 def _trial(layer: Layer, samples: Samples, recipe: Recipe, name: str, scale_K: Tensor) -> Layer:
