@@ -333,6 +333,16 @@ def test_the_state_of_another_calibration_is_refused(model, tmp_path):
         walk(calibration(model, Recipe(torch.float32, INT8)), state_dir=tmp_path)
 
 
+def test_the_state_of_another_number_of_ranks_is_refused_and_kept(model, tmp_path):
+    """Rank 1 finds nothing of its own there, so that nothing would be gone on from, but replaced."""
+    work = calibration(model, Recipe(torch.float32, INT4))
+    walk(work, state_dir=tmp_path)
+    names = sorted(tmp_path.iterdir())
+    with pytest.raises(CheckpointError, match="scheme or number of ranks"):
+        walk(work, 2, state_dir=tmp_path)
+    assert sorted(tmp_path.iterdir()) == names
+
+
 def test_a_damaged_state_is_refused(model, tmp_path):
     work = calibration(model, Recipe(torch.float32, INT4))
     walk(work, state_dir=tmp_path)

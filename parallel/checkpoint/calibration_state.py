@@ -12,8 +12,10 @@ rank has written its new ones, so that there is always a layer that all ranks ca
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -46,6 +48,8 @@ class CalibrationState:
         Raises:
             CheckpointError: the directory is of another calibration, or a file is damaged.
         """
+        for path in sorted(self.directory.glob("*.safetensors")):
+            self._check(path)  # what other ranks kept, too: no rank goes on before all have looked
         mine = max((_layer_of(path) for path in self._hidden_files()), default=0)
         return -int(self._group.all_reduce(torch.tensor([-mine]), "max"))
 
@@ -92,11 +96,20 @@ class CalibrationState:
             ) from error
 
     def _read(self, path: Path) -> dict[str, Tensor]:
+        with self._open(path) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def _check(self, path: Path) -> None:
+        with self._open(path):
+            pass
+
+    @contextmanager
+    def _open(self, path: Path) -> Iterator[Any]:
         check_regular(path)
         try:
             with safe_open(path, "pt") as file:
                 self._check_identity(path, file.metadata() or {})
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                yield file
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"{path} is not a whole safetensors file ({reason(error)}); remove {self.directory} "
