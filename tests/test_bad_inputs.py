@@ -144,6 +144,17 @@ COMMAND_LINES = [
     case("file name beyond the limit", ("checkpoint=/" + "a" * 400,), ("`checkpoint`", "long")),
     case("name of a YAML beyond the limit", ("config=/" + "a" * 400,), ("`config`", "too long")),
     case("plan of no length", ("plan", "plan.max_length=0"), ("`plan.max_length`", "0")),
+    case("plan of sizes without end", ("plan", "plan.max_tp=999999999"), ("max_tp", "65536")),
+    case("plan of more than a float", ("plan", "plan.memory_gb=1e308"), ("memory_gb", "1e15")),
+    case("seats for more ranks than memory", ("env", "parallel.tp=1" + "0" * 12), ("parallel.tp",)),
+    case("plan of an unknown kernel", ("plan", "kernel=fast"), ("`kernel`", "native", "'fast'")),
+    case(
+        "device of what reads files",
+        ("check", "checkpoint=@", "device=cuda"),
+        ("`device`", "check"),
+    ),
+    case("GPU for what computes on CPUs", (*PREPARE, "device=cuda"), ("`device`", "prepare")),
+    case("dtype of what computes nothing", ("env", "dtype=float16"), ("`dtype`", "env")),
     case("plan of an endless bandwidth", ("plan", "plan.bandwidth_gb_s=inf"), ("inf",)),
     case("shape without weights", ("prompt=a", "model=llama2_7b"), ("`model`", "checkpoint=")),
 ]
