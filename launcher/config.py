@@ -186,7 +186,8 @@ def _update(node: Any, key: str, value: Any) -> None:
 
 
 def _set_text(config: Config, key: str, value: Any) -> None:
-    if key in PATHS and value == "null":
+    # A prompt is what is typed; a template of this one word could ask nothing.
+    if (key in PATHS or key == "eval.template") and value == "null":
         value = None
     is_list = key not in VERBATIM
     if is_list and isinstance(value, list):

@@ -27,6 +27,10 @@ INDEX = "model.safetensors.index.json"
 UP = "model.layers.1.mlp.up_proj.weight"
 GENERATE = ("generate", "checkpoint=@", "prompt=Hello")
 PREPARE = ("prepare", "checkpoint=@", "quant=rtn_a16w8", "output=../new/out")
+EVAL = ("eval", "checkpoint=@", "eval.questions=@/q.jsonl")
+QUESTION = '{"question": "is it", "passage": "it is", "answer": true}'
+GPTQ = ("prepare", "checkpoint=@", "quant=gptq", "output=../new/out")
+TEXTS = ROOT / "launcher" / "demo" / "calibration.txt"
 Damage = Callable[[Path], Any]
 
 
@@ -224,6 +228,14 @@ DAMAGED = [
     case("original that is not there", ("verify", *GENERATE[1:], "verify.original=/no/such"),
          ("`verify.original`", "/no/such")),
     case("prompt beyond the context", prompts("prompt=" + "word " * 500), ("prompt 0", "128")),
+    case("dtype of no name", (*GENERATE, "model.torch_dtype="), ("torch_dtype", "float32", "''")),
+    case("template of no word", (*EVAL, "eval.template="), ("`eval.template`", "question", "''"),
+         written("q.jsonl", QUESTION)),
+    case("text field of no name", (*GPTQ, "calibration.data=@/t.jsonl", "calibration.text_field="),
+         ("`calibration.data`", "line 1", "with '' (text)"), written("t.jsonl", '{"text": "a b"}')),
+    case("held-out file of no text", (*GPTQ, f"calibration.data={TEXTS}",
+         "quant.max_perplexity_increase=5", "calibration.held_out=@/t.jsonl"),
+         ("`calibration.held_out`", "t.jsonl", "another file"), written("t.jsonl", "\n")),
     case("prompts given twice", (*GENERATE, "prompts=[b]"), ("`prompt`", "`prompts`")),
     case("no prompts", prompts("prompts=[]"), ("`prompts`", "empty")),
     case("file of no prompts", prompts("prompts_file=@/p.txt"), ("p.txt", "no prompt"),
@@ -362,7 +374,7 @@ def test_bad_prepared_directory_is_refused(refuse, words, says, damage):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a host without a GPU")
 def test_cuda_without_a_gpu_is_refused_before_a_rank_starts(refuse):
-    refuse("plain", (*GENERATE, "device=cuda"), ("`device`", "0 GPUs", "device=cpu"), None)
+    refuse("plain", (*GENERATE, "device=cuda"), ("`device`", "0 GPUs", "device=cpu."), None)
 
 
 @pytest.mark.parametrize(
