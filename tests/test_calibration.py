@@ -411,3 +411,14 @@ def test_the_layers_of_a_lone_rank_are_all_there(model):
     for layer in layers:
         assert all(isinstance(item, Rounded) for item in layer.rounded.values())
         assert tuple(layer.rounded) == PRODUCTS
+
+
+@pytest.mark.parametrize("name", ["hidden_9999_rank_0.safetensors", "hidden_x_rank_0.safetensors"])
+def test_stray_samples_name_what_to_remove_or_are_left_alone(model, tmp_path, name):
+    (tmp_path / name).write_text("")
+    work = calibration(model, Recipe(torch.float32, INT4))
+    if "9999" not in name:
+        walk(work, state_dir=tmp_path)
+        return
+    with pytest.raises(CheckpointError, match=f"missing or none; remove {tmp_path} and calibrate"):
+        walk(work, state_dir=tmp_path)

@@ -12,6 +12,7 @@ rank has written its new ones, so that there is always a layer that all ranks ca
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from torch import Tensor
 from parallel.checkpoint.regular_file import check_regular, reason
 from parallel.errors import CheckpointError
 from parallel.group import Group
+
+_LAYER = re.compile("hidden_[0-9]{4}_")
 
 
 class CalibrationState:
@@ -77,7 +80,7 @@ class CalibrationState:
 
     def _hidden_files(self) -> list[Path]:
         pattern = f"hidden_*_rank_{self._group.rank}.safetensors"
-        return sorted(self.directory.glob(pattern))
+        return sorted(path for path in self.directory.glob(pattern) if _LAYER.match(path.name))
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         unfinished = path.with_suffix(".unfinished")
@@ -92,7 +95,7 @@ class CalibrationState:
             ) from error
 
     def _read(self, path: Path) -> dict[str, Tensor]:
-        check_regular(path)
+        self._check_there(path)
         try:
             with safe_open(path, "pt") as file:
                 self._check_identity(path, file.metadata() or {})
@@ -101,6 +104,16 @@ class CalibrationState:
             raise CheckpointError(
                 f"{path} is not a whole safetensors file ({reason(error)}); remove {self.directory} "
                 "and calibrate again."
+            ) from error
+
+    def _check_there(self, path: Path) -> None:
+        """There is no copy of it that its user could give."""
+        try:
+            check_regular(path)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{path} must be a file of this unfinished calibration, but is missing or none; "
+                f"remove {self.directory} and calibrate again."
             ) from error
 
     def _check_identity(self, path: Path, metadata: Mapping[str, str]) -> None:
