@@ -247,6 +247,8 @@ DAMAGED = [
          written("p.jsonl", '{"prompt": "a"}\n{"prompt"')),
     case("jsonl with half a character", prompts("prompts_file=@/p.jsonl"), ("prompt 0", "\\ud800"),
          written("p.jsonl", '{"prompt": "\\ud800"}')),
+    case("jsonl with a long list for an id", prompts("prompts_file=@/p.jsonl"), ("`id`", "[1, 1"),
+         written("p.jsonl", '{"prompt": "a", "id": [' + "1," * 5000 + "1]}")),
     case("jsonl with a length of its own", prompts("prompts_file=@/p.jsonl"), ("max_new_tokens",),
          written("p.jsonl", '{"prompt": "a", "max_new_tokens": 5}')),
     case("YAML of an integer nobody can write", ("config=@/c.yaml",), ("c.yaml", "9,002 digits"),
