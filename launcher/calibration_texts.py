@@ -77,6 +77,11 @@ def read_texts(
             "calibration.held_out", section.held_out, section, tokenizer, max_length, seed, template
         )
         held_out = other.first(section.num_held_out).samples
+        if not held_out:
+            raise ConfigError(
+                f"`calibration.held_out` {section.held_out} has no text of at least {_LEAST_TOKENS} "
+                "tokens; give another file, or leave it out."
+            )
     return CalibrationTexts(
         samples, held_out, found.num_offered, found.num_cut, found.num_passed_over
     )
@@ -140,7 +145,7 @@ def _read_lines(
     for number, line, entry in json_lines(text):
         found = _text_of(entry, text_field, template)
         if not isinstance(found, str) or has_lone_surrogate(found):
-            wanted = text_field or "text, or passage and question"
+            wanted = "text, or passage and question" if text_field is None else repr(text_field)
             raise ConfigError(
                 f"`{key}` {name}, line {number}: must be a JSON object with {wanted} (text), but is "
                 f"{beginning(line)}; mend it, or name the field by calibration.text_field."
@@ -152,7 +157,7 @@ def _text_of(entry: object, text_field: str | None, template: str) -> object:
     if not isinstance(entry, dict):
         return None
     if text_field is not None or "text" in entry:
-        return entry.get(text_field or "text")
+        return entry.get("text" if text_field is None else text_field)
     passage, question = entry.get("passage"), entry.get("question")
     if not isinstance(passage, str) or not isinstance(question, str):
         return None

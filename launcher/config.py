@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os.path
 import reprlib
+import sys
 from collections.abc import Mapping
 from difflib import get_close_matches
 from operator import attrgetter
@@ -150,6 +151,11 @@ def _parse(key: str, text: str) -> Any:
         raise ConfigError(
             f"`{key}` cannot be read from {_shown(text)}; put the value in quotes: {key}=\"'…'\"."
         ) from error
+    except ValueError as error:  # Python's own limit of an integer's digits
+        raise ConfigError(
+            f"`{key}` must have numbers of at most {sys.get_int_max_str_digits():,} digits, but is "
+            f"{_shown(text)}; shorten it."
+        ) from error
     if override.is_sweep_override():
         raise ConfigError(
             f"`{key}` must be one value, but is {_shown(text)}; lists go in brackets: [a,b]."
@@ -175,12 +181,13 @@ def _update(node: Any, key: str, value: Any) -> None:
     try:
         OmegaConf.update(node, key, value, merge=False)
         OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
-    except (OmegaConfBaseException, RecursionError) as error:
+    except (OmegaConfBaseException, RecursionError, OverflowError) as error:
         raise ConfigError(f"`{key}` must be {kind_of(key)}, but is {_shown(value)}.") from error
 
 
 def _set_text(config: Config, key: str, value: Any) -> None:
-    if key in PATHS and value == "null":
+    # A prompt is what is typed; a template of this one word could ask nothing.
+    if (key in PATHS or key == "eval.template") and value == "null":
         value = None
     is_list = key not in VERBATIM
     if is_list and isinstance(value, list):

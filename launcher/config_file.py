@@ -30,9 +30,11 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    if path.exists() and not path.is_file():
-        raise ConfigError(f"`config` {path} must be a regular file, but is none; give a YAML file.")
     try:
+        if path.exists() and not path.is_file():
+            raise ConfigError(
+                f"`config` {path} must be a regular file, but is none; give a YAML file."
+            )
         values = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -29,7 +30,20 @@ def new_directory(config: Config) -> Path:
     output = Path(config.output).absolute()
     if os.path.lexists(output):
         raise ConfigError(f"`output` {output} exists already; choose another or remove it.")
+    _check_name(output)
     return output
+
+
+def _check_name(output: Path) -> None:
+    """Beside it stands what is unfinished, under a name that is longer."""
+    try:
+        output.with_name(f".{output.name}.calibration").lstat()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ConfigError(
+                f"`output` {output.name[:40]}… must have a shorter name, as names beside it begin "
+                f"with it, but has {len(output.name)} characters; choose another."
+            ) from error
 
 
 def num_writers() -> int:

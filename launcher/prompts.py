@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator
 from dataclasses import fields
 from types import NoneType
@@ -83,7 +84,7 @@ def _jsonl_texts(name: str, text: str) -> Iterator[tuple[Any, str]]:
         if type(entry.get("id")) not in (str, int, NoneType):
             raise ConfigError(
                 f"`prompts_file` {name}, line {number}: `id` must be a string or an integer, but "
-                f"is {entry['id']!r}; correct it."
+                f"is {reprlib.repr(entry['id'])}; correct it."
             )
         ignored = sorted(entry.keys() & _GENERATION_KEYS)
         if ignored:

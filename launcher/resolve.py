@@ -13,7 +13,7 @@ from typing import Any
 from launcher.environment.size import decide_size
 from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import ConfigError
-from launcher.host.device import check_names
+from launcher.host.device import check_names, remedy
 from launcher.host.gpus import count_gpus
 from launcher.host.kernels import check_kernel, choose_kernel
 from launcher.job import Job, with_tp
@@ -276,7 +276,7 @@ def check_gpus(config: Config, resolved: Resolved, environment: WorkerEnvironmen
     if num_gpus is not None and size > num_gpus:
         raise ConfigError(
             f"`device` is cuda, but this host has {num_gpus} GPUs for {size} ranks; "
-            "write device=cpu, or fewer ranks."
+            f"{remedy(num_gpus)}."
         )
 
 

@@ -29,20 +29,29 @@ class Rule:
 COLLECTIVES = ("auto", "shared_memory", "gloo")
 
 
-def _at_least(least: int) -> Rule:
-    return Rule(lambda value: value >= least, f"at least {least}")
+# Above any size; nothing that is counted, allocated or made a float stops it before.
+_MOST = 2**31 - 1
+# As many query heads as are read; no more ranks can share them.
+_MOST_RANKS = 65536
+
+
+def _at_least(least: int, most: int = _MOST) -> Rule:
+    return Rule(lambda value: least <= value <= most, f"at least {least} and at most {most}")
 
 
 # Below a tenth of a second no network answers; above 2e6, milliseconds do not fit 32 bits.
 _SECONDS = Rule(lambda value: 0.1 <= value <= 2e6, "0.1 to 2e6 seconds")
 
 
-_SIZES = Rule(lambda sizes: sizes and min(sizes) >= 1, "a list of sizes of at least 1")
+_SIZES = Rule(
+    lambda sizes: sizes and min(sizes) >= 1 and max(sizes) <= _MOST,
+    f"a list of sizes of at least 1 and at most {_MOST}",
+)
 _RANKS = Rule(
     lambda ranks: ranks and min(ranks) >= 0 and len(set(ranks)) == len(ranks),
     "a list of different ranks",
 )
-_ABOVE_ZERO = Rule(lambda value: 0 < value < math.inf, "a number above 0")
+_ABOVE_ZERO = Rule(lambda value: 0 < value <= 1e15, "a number above 0 and at most 1e15")
 
 
 def _key(default: Any, text: str, rule: Rule | None = None) -> Any:
@@ -116,7 +125,7 @@ class QuantSection:
     max_perplexity_increase: float | None = _key(
         None,
         "percent by which the held-out perplexity may grow in prepare; above it nothing is written",
-        _at_least(0),
+        Rule(lambda value: value >= 0, "at least 0"),
     )
 
     def scheme(self) -> QuantScheme:
@@ -164,7 +173,7 @@ class ParallelSection:
     tp: int | None = _key(
         None,
         "tensor-parallel ranks; null: the environment's, a prepared checkpoint's, else 1",
-        _at_least(1),
+        _at_least(1, _MOST_RANKS),
     )
     dp: int = _key(
         1,
@@ -240,7 +249,9 @@ class PlanSection:
         _SIZES,
     )
     max_tp: int = _key(
-        16, "largest size to compare, and to say why others do not work", _at_least(1)
+        16,
+        "largest size to compare, and to say why others do not work",
+        _at_least(1, _MOST_RANKS),
     )
     batch_size: int = _key(1, "sequences in the KV cache", _at_least(1))
     max_length: int | None = _key(
@@ -277,7 +288,7 @@ class ExportSection:
     max_shard_bytes: int = _key(
         5_000_000_000,
         "weights of a file at most, in bytes; above it there are several",
-        _at_least(1),
+        _at_least(1, 2**63 - 1),
     )
 
 

@@ -27,6 +27,10 @@ INDEX = "model.safetensors.index.json"
 UP = "model.layers.1.mlp.up_proj.weight"
 GENERATE = ("generate", "checkpoint=@", "prompt=Hello")
 PREPARE = ("prepare", "checkpoint=@", "quant=rtn_a16w8", "output=../new/out")
+EVAL = ("eval", "checkpoint=@", "eval.questions=@/q.jsonl")
+QUESTION = '{"question": "is it", "passage": "it is", "answer": true}'
+GPTQ = ("prepare", "checkpoint=@", "quant=gptq", "output=../new/out")
+TEXTS = ROOT / "launcher" / "demo" / "calibration.txt"
 Damage = Callable[[Path], Any]
 
 
@@ -137,10 +141,24 @@ COMMAND_LINES = [
     case("half a character", ("prompt=\udcff",), ("`prompt`", "UTF-8", "'\\udcff'")),
     case("list of numbers for texts", ("prompts=[1_0]",), ("`prompts`", "strings", "10")),
     case("brackets without end", ("prompts=" + "[" * 3000,), ("`prompts`",)),
+    case("deadline no float holds", ("parallel.timeout_s=" + "9" * 400,), ("timeout_s", "number")),
+    case("integer Python does not read", ("seed=" + "9" * 5000,), ("`seed`", "digits", "shorten")),
     case("path of an unset variable", ("checkpoint=",), ("`checkpoint`", "''")),
     case("missing checkpoint", ("checkpoint=/no/such",), ("`checkpoint`", "/no/such")),
     case("file name beyond the limit", ("checkpoint=/" + "a" * 400,), ("`checkpoint`", "long")),
+    case("name of a YAML beyond the limit", ("config=/" + "a" * 400,), ("`config`", "too long")),
     case("plan of no length", ("plan", "plan.max_length=0"), ("`plan.max_length`", "0")),
+    case("plan of sizes without end", ("plan", "plan.max_tp=999999999"), ("max_tp", "65536")),
+    case("plan of more than a float", ("plan", "plan.memory_gb=1e308"), ("memory_gb", "1e15")),
+    case("seats for more ranks than memory", ("env", "parallel.tp=1" + "0" * 12), ("parallel.tp",)),
+    case("plan of an unknown kernel", ("plan", "kernel=fast"), ("`kernel`", "native", "'fast'")),
+    case(
+        "device of what reads files",
+        ("check", "checkpoint=@", "device=cuda"),
+        ("`device`", "check"),
+    ),
+    case("GPU for what computes on CPUs", (*PREPARE, "device=cuda"), ("`device`", "prepare")),
+    case("dtype of what computes nothing", ("env", "dtype=float16"), ("`dtype`", "env")),
     case("plan of an endless bandwidth", ("plan", "plan.bandwidth_gb_s=inf"), ("inf",)),
     case("shape without weights", ("prompt=a", "model=llama2_7b"), ("`model`", "checkpoint=")),
 ]
@@ -191,6 +209,8 @@ DAMAGED = [
     case("output that exists", ("prepare", "checkpoint=@", "output=@"), ("`output`", "exists")),
     case("output inside a file", ("prepare", "checkpoint=@", "output=@/config.json/x"),
          ("config.json/x", "Not a directory")),
+    case("output of a name too long for what stands beside it",
+         ("prepare", "checkpoint=@", "output=" + "a" * 250), ("`output`", "shorter", "250")),
     case("output of another task", (*GENERATE, "output=x"), ("`output`", "generate")),
     case("pattern that matches nothing",
          (*PREPARE, "quant.modules_to_not_convert=[w9]"), ("modules_to_not_convert", "'w9'")),
@@ -208,6 +228,14 @@ DAMAGED = [
     case("original that is not there", ("verify", *GENERATE[1:], "verify.original=/no/such"),
          ("`verify.original`", "/no/such")),
     case("prompt beyond the context", prompts("prompt=" + "word " * 500), ("prompt 0", "128")),
+    case("dtype of no name", (*GENERATE, "model.torch_dtype="), ("torch_dtype", "float32", "''")),
+    case("template of no word", (*EVAL, "eval.template="), ("`eval.template`", "question", "''"),
+         written("q.jsonl", QUESTION)),
+    case("text field of no name", (*GPTQ, "calibration.data=@/t.jsonl", "calibration.text_field="),
+         ("`calibration.data`", "line 1", "with '' (text)"), written("t.jsonl", '{"text": "a b"}')),
+    case("held-out file of no text", (*GPTQ, f"calibration.data={TEXTS}",
+         "quant.max_perplexity_increase=5", "calibration.held_out=@/t.jsonl"),
+         ("`calibration.held_out`", "t.jsonl", "another file"), written("t.jsonl", "\n")),
     case("prompts given twice", (*GENERATE, "prompts=[b]"), ("`prompt`", "`prompts`")),
     case("no prompts", prompts("prompts=[]"), ("`prompts`", "empty")),
     case("file of no prompts", prompts("prompts_file=@/p.txt"), ("p.txt", "no prompt"),
@@ -219,8 +247,12 @@ DAMAGED = [
          written("p.jsonl", '{"prompt": "a"}\n{"prompt"')),
     case("jsonl with half a character", prompts("prompts_file=@/p.jsonl"), ("prompt 0", "\\ud800"),
          written("p.jsonl", '{"prompt": "\\ud800"}')),
+    case("jsonl with a long list for an id", prompts("prompts_file=@/p.jsonl"), ("`id`", "[1, 1"),
+         written("p.jsonl", '{"prompt": "a", "id": [' + "1," * 5000 + "1]}")),
     case("jsonl with a length of its own", prompts("prompts_file=@/p.jsonl"), ("max_new_tokens",),
          written("p.jsonl", '{"prompt": "a", "max_new_tokens": 5}')),
+    case("YAML of an integer nobody can write", ("config=@/c.yaml",), ("c.yaml", "9,002 digits"),
+         written("c.yaml", f"parallel: {{tp: 0x{'f' * 9000}}}")),
     case("YAML that would run a command", ("config=@/c.yaml",), ("c.yaml", "python"),
          written("c.yaml", "device: !!python/object/apply:os.system ['touch ran']")),
     case("YAML that unfolds without end", ("config=@/c.yaml",), ("c.yaml", "100,000"),
@@ -344,7 +376,7 @@ def test_bad_prepared_directory_is_refused(refuse, words, says, damage):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a host without a GPU")
 def test_cuda_without_a_gpu_is_refused_before_a_rank_starts(refuse):
-    refuse("plain", (*GENERATE, "device=cuda"), ("`device`", "0 GPUs", "device=cpu"), None)
+    refuse("plain", (*GENERATE, "device=cuda"), ("`device`", "0 GPUs", "device=cpu."), None)
 
 
 @pytest.mark.parametrize(

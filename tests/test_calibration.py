@@ -434,3 +434,18 @@ def test_the_layers_of_a_lone_rank_are_all_there(model):
     for layer in layers:
         assert all(isinstance(item, Rounded) for item in layer.rounded.values())
         assert tuple(layer.rounded) == PRODUCTS
+
+
+def test_what_is_no_state_is_left_alone(model, tmp_path):
+    stray = tmp_path / "hidden_x_rank_0.safetensors"
+    stray.write_text("")
+    walk(calibration(model, Recipe(torch.float32, INT4)), state_dir=tmp_path)
+    assert stray.exists()
+
+
+def test_state_that_lost_a_layer_names_what_to_remove(model, tmp_path):
+    work = calibration(model, Recipe(torch.float32, INT4))
+    walk(work, state_dir=tmp_path)
+    (tmp_path / "layer_0000.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=f"missing or none; remove {tmp_path} and calibrate"):
+        walk(work, state_dir=tmp_path)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from launcher.__main__ import main
+from launcher.config import compose
 from launcher.exam import Exam, Question
 from launcher.questions import Form, Item, check_template, make_questions, read_items
 from launcher.ranks.long_text import get_text, set_text
@@ -323,6 +324,10 @@ def test_template_of_another_form_is_refused(template, words):
     with pytest.raises(ValueError, match=r"^`eval.template`") as caught:
         check_template(template)
     assert words in str(caught.value)
+
+
+def test_template_of_null_is_the_default():
+    assert compose(["eval.template=null"]).eval.template is None
 
 
 def test_template_may_hold_braces_and_leave_the_passage_out():

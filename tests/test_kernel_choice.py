@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ def entry(decode_ms, prefill_ms, problem=None):
 
 def survey(native=None, onednn="its int8 sums saturate on this processor"):
     return {
+        "shape": [4096, 4096],
         "computes_on_gpus": False,
         "kernels": {
             "native": entry(1.0, 50.0, native),
@@ -137,6 +139,31 @@ def test_survey_is_measured_once(monkeypatch, tmp_path):
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")  # other instructions, another answer
     kernels.survey()
     assert len(measured) == 3
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda found: found.pop("computes_on_gpus"),
+        lambda found: found.update(unquantized=None),
+        lambda found: found.update(kernels=["native", "onednn", "reference"]),
+        lambda found: found["kernels"].update(native=None),
+        lambda found: found["kernels"]["native"].pop("problem"),
+        lambda found: found["kernels"]["native"]["ms"]["w8a8"].pop("128"),
+        lambda found: found["kernels"]["native"]["ms"]["w8a8"].update({"1": "1 ms"}),
+        lambda found: found["kernels"]["native"]["ms"]["w8a8"].update({"1": 0}),
+    ],
+)
+def test_kept_survey_of_another_form_is_measured_again(monkeypatch, tmp_path, edit):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernels, "_measure", survey)
+    kernels.survey()
+    edited = survey()
+    edit(edited)
+    kernels.cache_path().write_text(json.dumps(edited))
+    assert kernels.survey() == survey()
+    kernels.cache_path().write_text("[" * 100_000)
+    assert kernels.survey() == survey()
 
 
 def test_runs_that_begin_at_once_measure_once(monkeypatch, tmp_path):

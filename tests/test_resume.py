@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -63,6 +64,16 @@ def partial(output: Path) -> Path:
     return output.with_name(f".{output.name}.partial")
 
 
+@pytest.fixture
+def cut_off(source, tmp_path, monkeypatch, cut_after):
+    """What a prepare has left that was cut off, and the sums of one that was not."""
+    with monkeypatch.context():
+        cut_after(40)
+        prepare_cut_off(source, tmp_path / "kept")
+        monkeypatch.undo()
+    return partial(tmp_path / "kept"), checksums(prepare(source, tmp_path / "whole", 2))
+
+
 def prepare_cut_off(source: Path, output: Path, size: int = 2, **how) -> None:
     with pytest.raises(Cut):
         prepare(source, output, size, **how)
@@ -94,6 +105,61 @@ def test_killed_for_real_the_next_run_ends_with_the_same_bytes(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6 of 6 ended with the same bytes" in done.stdout
+
+
+def first_record(edit):
+    """The first whole note of a journal, changed by `edit`."""
+
+    def change(lines: list[bytes]) -> list[bytes]:
+        at = next(at for at, line in enumerate(lines) if line)
+        name, record = json.loads(lines[at])
+        edit(record)
+        return [*lines[:at], json.dumps([name, record]).encode(), *lines[at + 1 :]]
+
+    return change
+
+
+def of_first_tensor(record):
+    return next(iter(record["slices"].values()))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda lines: [*lines, b"5", b'"ab"', b'[["x"], {}]', b"\xff", b"[" * 100_000],
+        first_record(lambda record: record.pop("source")),
+        first_record(lambda record: record.update(slices=None)),
+        first_record(lambda record: record["slices"].clear()),
+        first_record(lambda record: of_first_tensor(record).pop("1")),
+        first_record(lambda record: of_first_tensor(record).update({"7": "0" * 64})),
+    ],
+    ids=["lines", "no source", "null", "no slices", "a rank less", "a rank more"],
+)
+def test_notes_of_another_form_are_done_again(cut_off, source, tmp_path, change):
+    kept, wanted = cut_off
+    shutil.copytree(kept, partial(tmp_path / "out"))
+    journal = partial(tmp_path / "out") / "journal_0.jsonl"
+    journal.write_bytes(b"\n".join(change(journal.read_bytes().split(b"\n"))))
+    assert checksums(prepare(source, tmp_path / "out", 2)) == wanted
+
+
+def test_bytes_behind_an_unfinished_shard_are_cut_off(cut_off, source, tmp_path):
+    kept, wanted = cut_off
+    shutil.copytree(kept, partial(tmp_path / "out"))
+    with (partial(tmp_path / "out") / "whole/rank_0/model.safetensors").open("ab") as file:
+        file.write(b"more")
+    assert checksums(prepare(source, tmp_path / "out", 2)) == wanted
+
+
+@pytest.mark.parametrize("text", [b"", b"\xff", b"[]"])
+def test_damaged_arguments_name_what_to_remove(cut_off, source, tmp_path, text):
+    output = tmp_path / "out"
+    shutil.copytree(cut_off[0], partial(output))
+    (partial(output) / "arguments.json").write_bytes(text)
+    with pytest.raises(CheckpointError, match=f"damaged; remove {partial(output)} to begin anew"):
+        prepare(source, output, 2)
+    shutil.rmtree(partial(output))
+    assert checksums(prepare(source, output, 2)) == cut_off[1]
 
 
 def test_what_was_done_is_not_read_again(source, tmp_path, monkeypatch, cut_after):

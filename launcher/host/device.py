@@ -20,6 +20,11 @@ def check_names(device: str, dtype: str) -> None:
             raise ConfigError(f"`{key}` must be one of {', '.join(known)}, but is {value!r}.")
 
 
+def remedy(num_gpus: int) -> str:
+    """What helps where there are fewer GPUs than ranks."""
+    return "write device=cpu, or fewer ranks" if num_gpus else "write device=cpu"
+
+
 def resolve_device(name: str, local_rank: int) -> torch.device:
     """This rank's device; auto takes a GPU where there is one.
 
@@ -37,7 +42,7 @@ def resolve_device(name: str, local_rank: int) -> torch.device:
     if local_rank >= num_gpus:
         raise ConfigError(
             f"`device` is {name}, but this host has {num_gpus} GPUs for local rank {local_rank}; "
-            "write device=cpu, or fewer ranks."
+            f"{remedy(num_gpus)}."
         )
     return torch.device("cuda", local_rank)
 

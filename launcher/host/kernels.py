@@ -10,6 +10,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -227,9 +228,25 @@ def _read(path: Path) -> dict[str, Any] | None:
     """What was kept, or None if there is nothing usable."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return found if set(NAMES[1:]) == set(found["kernels"]) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        return found if _is_survey(found) else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def _is_survey(found: Any) -> bool:
+    """Whether it has the form that quant/kernels/survey.py prints; raises what its walk meets."""
+    entries = found["kernels"].values()
+    words = [(entry["problem"] or "", entry["detail"]) for entry in entries]
+    times = [ms for entry in entries for ms in entry["ms"].values()]
+    times += [found["unquantized"]["bfloat16"], *found["unquantized"].values()]
+    return (
+        set(NAMES[1:]) == set(found["kernels"])
+        and type(found["computes_on_gpus"]) is bool
+        and found["shape"][0] * found["shape"][1] > 0
+        and all(isinstance(word, str) for pair in words for word in pair)
+        and all(ms.keys() >= {"1", "128"} for ms in times)
+        and all(0 < least < math.inf for ms in times for least in ms.values())
+    )
 
 
 def _keep(path: Path, found: dict[str, Any]) -> None:

@@ -80,6 +80,12 @@ _READERS = {
     "prompts_file": ("generate", "verify"),
     "parallel.simulate_rank": ("bench",),
     "seed": ("bench", "prepare"),
+    # plan takes the words of the run that it is for; prepare and export compute on CPUs.
+    "device": (*RANK_TASKS, "plan"),
+    "kernel": (*RANK_TASKS, "plan"),
+    "dtype": (*RANK_TASKS, "plan", "prepare", "export"),
+    "run_root": (*RANK_TASKS, "prepare"),
+    "output": tuple(task for task in TASKS if task != "env"),
     "quant.max_perplexity_increase": ("prepare",),
     "verify_checksums": ("generate", "verify", "eval", "bench", "prepare", "export"),
 }

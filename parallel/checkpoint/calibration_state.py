@@ -12,6 +12,7 @@ rank has written its new ones, so that there is always a layer that all ranks ca
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,8 @@ from torch import Tensor
 from parallel.checkpoint.regular_file import check_regular, reason
 from parallel.errors import CheckpointError
 from parallel.group import Group
+
+_KEPT = re.compile(r"(layer_[0-9]{4}|hidden_[0-9]{4}_rank_[0-9]+)\.safetensors")
 
 
 class CalibrationState:
@@ -48,7 +51,7 @@ class CalibrationState:
         Raises:
             CheckpointError: the directory is of another calibration, or a file is damaged.
         """
-        for path in sorted(self.directory.glob("*.safetensors")):
+        for path in self._kept("*"):
             self._check(path)  # what other ranks kept, too: no rank goes on before all have looked
         mine = max((_layer_of(path) for path in self._hidden_files()), default=0)
         return -int(self._group.all_reduce(torch.tensor([-mine]), "max"))
@@ -80,8 +83,10 @@ class CalibrationState:
         return self.directory / f"hidden_{index:04}_rank_{self._group.rank}.safetensors"
 
     def _hidden_files(self) -> list[Path]:
-        pattern = f"hidden_*_rank_{self._group.rank}.safetensors"
-        return sorted(self.directory.glob(pattern))
+        return self._kept(f"hidden_*_rank_{self._group.rank}.*")
+
+    def _kept(self, pattern: str) -> list[Path]:
+        return sorted(path for path in self.directory.glob(pattern) if _KEPT.fullmatch(path.name))
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         unfinished = path.with_suffix(".unfinished")
@@ -105,7 +110,7 @@ class CalibrationState:
 
     @contextmanager
     def _open(self, path: Path) -> Iterator[Any]:
-        check_regular(path)
+        self._check_there(path)
         try:
             with safe_open(path, "pt") as file:
                 self._check_identity(path, file.metadata() or {})
@@ -114,6 +119,16 @@ class CalibrationState:
             raise CheckpointError(
                 f"{path} is not a whole safetensors file ({reason(error)}); remove {self.directory} "
                 "and calibrate again."
+            ) from error
+
+    def _check_there(self, path: Path) -> None:
+        """There is no copy of it that its user could give."""
+        try:
+            check_regular(path)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{path} must be a file of this unfinished calibration, but is missing or none; "
+                f"remove {self.directory} and calibrate again."
             ) from error
 
     def _check_identity(self, path: Path, metadata: Mapping[str, str]) -> None:

@@ -101,7 +101,7 @@ class Conversion:
                 shard.flush()
 
     def _convert(self, name: str, rows: Sequence[Row]) -> str:
-        if self._is_intact(self._journal.records.get(name)):
+        if self._is_intact(self._journal.records.get(name), rows):
             return name
         passing = _PassingSource(self._source, name, takes_sum=self._takes_sums)
         written = _Slices(self._shards)
@@ -118,11 +118,16 @@ class Conversion:
         self._journal.add(name, {"source": passing.sum(), "slices": written.sums()})
         return name
 
-    def _is_intact(self, record: Any) -> bool:
-        """Whether the files hold what the journal says that they do."""
+    def _is_intact(self, record: Any, rows: Sequence[Row]) -> bool:
+        """Whether the journal speaks of all that is made of these rows, and the files hold it."""
         if record is None:
             return False
         shards = {str(shard.rank): shard for shard in self._shards}
+        parts = {stored.name for row in rows for stored in self._layout.parts[row.name]}
+        if record["slices"].keys() != parts:
+            return False
+        if any(by_rank.keys() != shards.keys() for by_rank in record["slices"].values()):
+            return False
         return all(
             shards[rank].stored_sum(name) == found
             for name, by_rank in record["slices"].items()

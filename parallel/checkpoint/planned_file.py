@@ -56,6 +56,8 @@ class PlannedFile:
         with disk_errors(path):
             self._fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o644)
             os.pwrite(self._fd, header, 0)
+            # What an earlier run left may be longer, if its disk or somebody has added to it.
+            os.ftruncate(self._fd, len(header) + num_bytes)
             os.posix_fallocate(self._fd, 0, max(1, len(header) + num_bytes))
 
     def write(self, name: str, tensor: Tensor, first_row: int = 0) -> memoryview:

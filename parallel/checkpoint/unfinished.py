@@ -104,7 +104,7 @@ class Unfinished:
         """Write the arguments down, or compare them with those of an earlier run."""
         path = self.directory / _ARGUMENTS
         if path.exists():
-            self._compare(read_json_object(path))
+            self._compare(self._read_arguments(path))
             return
         written = self.directory / f"{_ARGUMENTS}.new"
         if set(self.directory.iterdir()) - {written}:
@@ -117,6 +117,15 @@ class Unfinished:
             file.flush()
             os.fsync(file.fileno())
         written.rename(path)
+
+    def _read_arguments(self, path: Path) -> dict[str, Any]:
+        try:
+            return read_json_object(path)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"`output` {self.output} cannot be gone on with, as {path} is damaged; remove "
+                f"{self.directory} to begin anew."
+            ) from error
 
     def _compare(self, before: Mapping[str, Any]) -> None:
         for key, now in self._arguments.items():
@@ -160,13 +169,30 @@ class Journal:
 
 
 def _read_lines(directory: Path) -> Iterator[tuple[str, Any]]:
-    for path in sorted(directory.glob("journal_*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
+    """Whole notes alone: what is torn by a kill or of another form is done again."""
+    for path in sorted(filter(Path.is_file, directory.glob("journal_*.jsonl"))):
+        for line in path.read_bytes().split(b"\n"):
             try:
-                name, record = json.loads(line)
-            except ValueError:
-                continue  # empty, or torn by a kill
-            yield name, record
+                note = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if _is_note(note):
+                yield note[0], note[1]
+
+
+def _is_note(note: Any) -> bool:
+    """Whether it is [source tensor, {"source": its sum, "slices": {stored tensor: {rank: sum}}}]."""
+    if not (isinstance(note, list) and len(note) == 2 and isinstance(note[0], str)):
+        return False
+    record = note[1]
+    if not (isinstance(record, dict) and record.keys() == {"source", "slices"}):
+        return False
+    slices = record["slices"]
+    return (
+        (record["source"] is None or isinstance(record["source"], str))
+        and isinstance(slices, dict)
+        and all(isinstance(by_rank, dict) for by_rank in slices.values())
+    )
 
 
 def _told(before: object, now: object) -> str:

@@ -163,7 +163,7 @@ class _Reader(Values):
         return said if fixed is None else fixed
 
     def _dtype(self) -> str:
-        name = self.values.get("dtype") or self.values.get("torch_dtype") or "float32"
+        name = self._get("dtype", self._get("torch_dtype", "float32"))
         if name not in _DTYPES:
             raise self.error("torch_dtype", f"must be one of {', '.join(_DTYPES)}", name)
         return str(name)

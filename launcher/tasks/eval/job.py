@@ -91,7 +91,9 @@ def _settle(section: EvalSection, context: int, *, is_demo: bool) -> EvalSection
         section,
         window=window,
         stride=section.stride or max(1, window // 2),
-        template=section.template or (DEMO_TEMPLATE if is_demo else TEMPLATE),
+        template=(DEMO_TEMPLATE if is_demo else TEMPLATE)
+        if section.template is None
+        else section.template,
     )
     _check_window(section, context)
     assert section.template is not None

@@ -14,6 +14,7 @@ from launcher.environment.size import decide_size
 from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import ConfigError
 from launcher.host.device import check_names
+from launcher.host.kernels import check_kernel
 from launcher.resolve import (
     DEMO_TP,
     check_generation,
@@ -44,6 +45,7 @@ def run(config: Config, environment: WorkerEnvironment) -> None:
         ModelError: `parallel.tp` cannot split this model.
     """
     check_names(config.device, config.dtype)
+    check_kernel(config)
     check_generation(config.generation)
     picture = _picture(config.plan.picture)
     layout, path = _layout(config), _path(config)

@@ -18,14 +18,16 @@ from parallel.errors import CheckpointError
 # Theirs have some 10 KB.
 MOST_BYTES = 256 << 10
 MOST_VALUES = 100_000
+# Python writes none above 4,300 decimal digits, and no sentence should.
+_MOST_DIGITS = 1000
 
 
 def parse_yaml(text: str) -> Any:
     """The value of one document.
 
     Raises:
-        yaml.YAMLError: it is no YAML, nests too deeply, refers to itself, or stands for more than
-            MOST_VALUES values.
+        yaml.YAMLError: it is no YAML, nests too deeply, refers to itself, stands for more than
+            MOST_VALUES values, or has an integer that is too long to be written.
         ValueError: a date or number that is none.
     """
     loader = yaml.SafeLoader(text)
@@ -80,6 +82,8 @@ def where(error: Exception) -> str:
 def _count(node: yaml.Node, known: dict[int, int]) -> int:
     """Values that a node stands for, those of its aliases as often as they are named."""
     if isinstance(node, yaml.ScalarNode):
+        if node.tag.endswith(":int") and len(node.value) > _MOST_DIGITS:
+            raise yaml.YAMLError(f"it has an integer of {len(node.value):,} digits")
         return 1
     if id(node) in known:
         if known[id(node)] == 0:
