@@ -41,7 +41,7 @@ class LaunchError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A rank failed. The first line of the message names it; its traceback and log follow."""
+    """A run that failed, in words: the first line says why, and names the rank where one failed."""
 
 
 USER_ERRORS = (ConfigError, LaunchError, QuantError, CheckpointError, ModelError, PromptError)
@@ -54,7 +54,8 @@ class ErrorRecord:
     Attributes:
         time_ns: nanoseconds since the epoch; the earliest record is the first cause.
         is_consequence: the rank failed only because another did.
-        is_user_error: the message is a sentence for the user, and needs no traceback.
+        is_user_error: the message is a sentence for the user.
+        traceback: empty where the message says all: of a user's error, and of a RunError.
     """
 
     rank: int
@@ -78,7 +79,9 @@ class ErrorRecord:
             is_user_error=isinstance(error, USER_ERRORS),
             exception=type(error).__name__,
             message=str(error),
-            traceback="".join(traceback.format_exception(error)),
+            traceback=""
+            if isinstance(error, (*USER_ERRORS, RunError))
+            else "".join(traceback.format_exception(error)),
         )
 
     def write(self, path: Path) -> None:

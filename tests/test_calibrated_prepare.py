@@ -85,7 +85,9 @@ def test_calibrated_shards_are_the_same_integers_at_every_tp(fields, tmp_path):
 def test_bad_model_is_not_written_and_a_higher_limit_goes_on_from_the_calibration(tmp_path):
     done = prepare(tmp_path, GPTQ, "output=out", "quant.max_perplexity_increase=0", "parallel.tp=2")
     assert done.returncode == 1
+    assert "shardrun: the perplexity of the held-out texts grew by" in done.stderr
     assert "more than `quant.max_perplexity_increase`, 0 %; nothing was written" in done.stderr
+    assert "File" not in done.stderr
     assert not (tmp_path / "out").exists()
     kept = tmp_path / ".out.calibration"
     written = {path.name: path.stat().st_mtime_ns for path in kept.glob("layer_*")}

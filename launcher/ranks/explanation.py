@@ -66,4 +66,5 @@ def _wordless_sentence(run_dir: RunDir, failures: Failures) -> str:
 
 def _failed_story(run_dir: RunDir, cause: ErrorRecord) -> str:
     lines = cause.traceback.rstrip().splitlines()[-_TRACEBACK_LINES:]
-    return "\n".join([str(cause), *lines, f"log: {run_dir.log(cause.rank)}"])
+    first = str(cause) if lines else cause.message
+    return "\n".join([first, *lines, f"log: {run_dir.log(cause.rank)}"])

@@ -23,7 +23,7 @@ def report(rank: int, error: BaseException) -> int:
     record = record_of(rank, error)
     _say(rank, error, record)
     _tell_torchrun(error)
-    if not record.is_consequence:
+    if record.traceback and not record.is_consequence:
         print(record.traceback, file=sys.stderr, flush=True)
     return EXIT_FAILED
 

@@ -56,7 +56,7 @@ def run_started(
 
     def record(error: BaseException) -> int:
         found = record_of(rank, error)
-        print(found.traceback, file=sys.stderr)
+        print(found.traceback or found, file=sys.stderr)
         found.write(run_dir.error(rank))
         if found.is_consequence:
             # elastic stops all ranks when it sees one end: it must see the first before it sees us.
