@@ -87,13 +87,12 @@ def _settle(section: EvalSection, context: int, *, is_demo: bool) -> EvalSection
         )
     _check_effects(section)
     window = section.window or min(context, _LONGEST_DEFAULT_WINDOW)
+    default = DEMO_TEMPLATE if is_demo else TEMPLATE
     section = replace(
         section,
         window=window,
         stride=section.stride or max(1, window // 2),
-        template=(DEMO_TEMPLATE if is_demo else TEMPLATE)
-        if section.template is None
-        else section.template,
+        template=default if section.template is None else section.template,
     )
     _check_window(section, context)
     assert section.template is not None
