@@ -1,24 +1,17 @@
-"""The launcher's choice of a kernel: measured once, kept, and recorded."""
+"""The launcher's choice of a kernel: the fastest that works, recorded."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import torch
 
 from launcher.config import compose
 from launcher.failures import ConfigError
-from launcher.host import kernels
+from launcher.host import kernel_survey, kernels
 from launcher.host.kernels import choose_kernel, fastest, slower_than_bfloat16
 from launcher.job import first_difference
 from quant.kernels import choice
-from quant.kernels.survey import Stopwatch
 
 
 def entry(decode_ms, prefill_ms, problem=None):
@@ -127,122 +120,9 @@ def test_other_ranks_leave_the_choice_to_rank_0():
     assert first_difference(config(kernel="onednn"), config(kernel="native")) is not None
 
 
-def test_survey_is_measured_once(monkeypatch, tmp_path):
-    measured = []
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(kernels, "_measure", lambda: measured.append(1) or survey())
-    assert kernels.survey() == kernels.survey() == survey()
-    assert len(measured) == 1
-    kernels.cache_path().write_text("{ cut off")
-    assert kernels.survey() == survey()
-    assert len(measured) == 2
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")  # other instructions, another answer
-    kernels.survey()
-    assert len(measured) == 3
-
-
-@pytest.mark.parametrize(
-    "edit",
-    [
-        lambda found: found.pop("computes_on_gpus"),
-        lambda found: found.update(unquantized=None),
-        lambda found: found.update(kernels=["native", "onednn", "reference"]),
-        lambda found: found["kernels"].update(native=None),
-        lambda found: found["kernels"]["native"].pop("problem"),
-        lambda found: found["kernels"]["native"]["ms"]["w8a8"].pop("128"),
-        lambda found: found["kernels"]["native"]["ms"]["w8a8"].update({"1": "1 ms"}),
-        lambda found: found["kernels"]["native"]["ms"]["w8a8"].update({"1": 0}),
-    ],
-)
-def test_kept_survey_of_another_form_is_measured_again(monkeypatch, tmp_path, edit):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(kernels, "_measure", survey)
-    kernels.survey()
-    edited = survey()
-    edit(edited)
-    kernels.cache_path().write_text(json.dumps(edited))
-    assert kernels.survey() == survey()
-    kernels.cache_path().write_text("[" * 100_000)
-    assert kernels.survey() == survey()
-
-
-def test_runs_that_begin_at_once_measure_once(monkeypatch, tmp_path):
-    measured = []
-
-    def measure():
-        measured.append(1)
-        time.sleep(0.3)  # long enough for the others to come
-        return survey()
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(kernels, "_measure", measure)
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: kernels.survey(), range(4)))
-    assert found == [survey()] * 4
-    assert len(measured) == 1
-
-
-def test_nobody_waits_for_ever_for_one_that_stands_still(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(kernels, "_SURVEY_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(kernels, "_measure", survey)
-    with kernels._turn(kernels.cache_path()):
-        assert kernels.survey() == survey()
-
-
-def test_busy_machine_is_measured_once_a_product(monkeypatch):
-    calls = []
-    times = Stopwatch(0.0).times([lambda x_MK: calls.append(len(x_MK))], torch.float32)
-    assert set(times) == {"1", "8", "128"}
-    assert calls == [1, 1, 8, 8, 128, 128]  # one before, to warm up
-
-
-def test_home_that_cannot_be_written_costs_only_time(monkeypatch, tmp_path):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(kernels, "_measure", survey)
-    assert kernels.survey() == survey()
-
-
-def test_user_without_a_home_is_served(monkeypatch):
-    def refuse(_):
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(Path, "expanduser", refuse)
-    monkeypatch.setattr(kernels, "_measure", survey)
-    assert kernels.survey() == survey()
-
-
-def answer(monkeypatch, output):
-    done = subprocess.CompletedProcess([], 0, stdout=output, stderr="")
-    monkeypatch.setattr(kernels.subprocess, "run", lambda *_, **__: done)
-
-
-def test_what_libraries_print_is_not_the_answer(monkeypatch):
-    answer(monkeypatch, 'onednn_verbose,info\n{"kernels": 1}\n')
-    assert kernels._measure() == {"kernels": 1}
-    answer(monkeypatch, "nothing of the kind")
-    with pytest.raises(ConfigError, match="something else than its answer"):
-        kernels._measure()
-
-
-def test_survey_takes_no_module_from_the_directory_it_is_called_in(monkeypatch, tmp_path):
-    (tmp_path / "torch.py").write_text("raise SystemExit('this was executed')")
-    monkeypatch.chdir(tmp_path)
-    script = "import torch, quant.kernels.survey; print('{}')"
-    real = subprocess.run
-
-    def run(command, **how):
-        return real([*command[:2], "-c", script], **how)
-
-    monkeypatch.setattr(kernels.subprocess, "run", run)
-    assert kernels._measure() == {}
-
-
 def test_failed_survey_is_a_sentence(monkeypatch):
-    monkeypatch.setattr(kernels.sys, "executable", "/bin/false")
-    monkeypatch.setattr(kernels, "cache_path", lambda: None)
+    monkeypatch.setattr(kernel_survey.sys, "executable", "/bin/false")
+    monkeypatch.setattr(kernel_survey, "cache_path", lambda: None)
     with pytest.raises(ConfigError, match="write kernel=reference"):
         choose_kernel(config(device="cpu"), ["w8a8"])
     chosen, notes = choose_kernel(config(device="cpu", kernel="reference"), ["w8a8"])

@@ -12,7 +12,8 @@ from launcher.environment.size import decide_size
 from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import ConfigError
 from launcher.host.cores import divide
-from launcher.host.kernels import fastest, survey
+from launcher.host.kernel_survey import survey
+from launcher.host.kernels import fastest
 from launcher.host.topology import Topology, allowed_cpus, format_cpus, read_topology
 from launcher.host.wishes import read_wishes
 from launcher.resolve import DEMO_TP
