@@ -16,7 +16,17 @@ from typing import Any
 
 from launcher.config_file import read_config_file
 from launcher.failures import ConfigError
-from launcher.schema import GROUPS, PATHS, TEXTS, VERBATIM, Config, group_options, keys, kind_of
+from launcher.schema import (
+    GROUPS,
+    PATHS,
+    READ_TEXTS,
+    TEXTS,
+    VERBATIM,
+    Config,
+    group_options,
+    keys,
+    kind_of,
+)  # fmt: skip
 
 _MOST_VALUES = 100_000
 # Keys of which one on the command line stands in for another of a file.
@@ -49,6 +59,7 @@ def compose(arguments: list[str]) -> Config:
     for key, value in texts.items():
         _set_text(config, key, value)
     _check_rules(config)
+    _check_stdin(config)
     return config
 
 
@@ -227,6 +238,15 @@ def _check_rules(config: Config) -> None:
         value, rule = attrgetter(key)(config), item.metadata["rule"]
         if value is not None and rule and not rule.allows(value):
             raise ConfigError(f"`{key}` must be {rule.words}, but is {value}.")
+
+
+def _check_stdin(config: Config) -> None:
+    named = [key for key in READ_TEXTS if attrgetter(key)(config) == "-"]
+    if len(named) > 1:
+        raise ConfigError(
+            f"`{named[1]}` is -, which is stdin, but so is {named[0]}, and it is read once; give a file "
+            "for one of them."
+        )
 
 
 def _to_config(node: Any) -> Config:

@@ -417,6 +417,10 @@ VERBATIM = (
     "eval.questions",
     "eval.template",
 )
+# Files that are read as text; `-` is stdin.
+READ_TEXTS = (
+    "prompts_file", "calibration.data", "calibration.held_out", "eval.text", "eval.questions",
+)  # fmt: skip
 PATHS = frozenset(VERBATIM) - {"prompt", "eval.template"}
 # Text of the user's, in which `${…}` and `???` mean nothing to OmegaConf.
 TEXTS = (*VERBATIM, "prompts", "generation.stop", "eval.choices")

@@ -247,6 +247,8 @@ DAMAGED = [
          written("p.jsonl", '{"prompt": "a"}\n{"prompt"')),
     case("jsonl with half a character", prompts("prompts_file=@/p.jsonl"), ("prompt 0", "\\ud800"),
          written("p.jsonl", '{"prompt": "\\ud800"}')),
+    case("stdin for two", ("eval", "eval.text=-", "eval.questions=-"),
+         ("`eval.questions`", "eval.text", "read once")),
     case("jsonl with a long list for an id", prompts("prompts_file=@/p.jsonl"), ("`id`", "[1, 1"),
          written("p.jsonl", '{"prompt": "a", "id": [' + "1," * 5000 + "1]}")),
     case("jsonl with a length of its own", prompts("prompts_file=@/p.jsonl"), ("max_new_tokens",),
