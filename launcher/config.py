@@ -26,7 +26,7 @@ from launcher.schema import (
     group_options,
     keys,
     kind_of,
-)  # fmt: skip
+)
 
 _MOST_VALUES = 100_000
 # Keys of which one on the command line stands in for another of a file.

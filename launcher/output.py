@@ -34,10 +34,15 @@ def new_directory(config: Config) -> Path:
     return output
 
 
+def calibration_path(output: Path) -> Path:
+    """Where a calibration for `output` is kept until it is written."""
+    return output.with_name(f".{output.name}.calibration")
+
+
 def _check_name(output: Path) -> None:
     """Beside it stands what is unfinished, under a name that is longer."""
     try:
-        output.with_name(f".{output.name}.calibration").lstat()
+        calibration_path(output).lstat()
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise ConfigError(

@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from launcher.failures import RunError
+from launcher.output import calibration_path
 from launcher.progress import open_bar
 from launcher.ranks.rank import Rank
 from parallel.calibration.allocator import return_freed_blocks
@@ -50,7 +51,7 @@ def calibrate_rank(rank: Rank, checkpoint: Checkpoint, layout: Layout, output: P
         RunError: on rank 0: the perplexity has grown by more than is allowed.
     """
     return_freed_blocks()
-    state_dir = output.with_name(f".{output.name}.calibration")
+    state_dir = calibration_path(output)
     started = time.perf_counter()
     calibration = _calibration(rank, checkpoint, layout)
     errors, found = _walk(rank, calibration, layout, state_dir)
