@@ -55,6 +55,8 @@ RECORDED = {
     "rms_norm": "residual sums, norms",
     "silu_product": "silu(gate) * up",
     "rotate": "rotary",
+    "row_amax": "amax of rows",
+    "finish": "scaling of sums",
 }
 CONF = Path(__file__).parents[1] / "conf" / "model"
 SCHEMES = {

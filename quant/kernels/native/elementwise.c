@@ -12,8 +12,6 @@
 #define SET avx2
 #include "elementwise.h"
 #endif
-/* Elements that are not worth a second thread. */
-#define SMALL 4096
 
 typedef struct {
     int64_t set;
@@ -106,6 +104,7 @@ typedef struct {
 
 /* out = sums + bias, rounded to bfloat16. sums, out: [T, D]; bias: [D] of bias_type or NULL. */
 int shardrun_round_sums(const round_sums_t *a) {
+#pragma omp parallel for schedule(static) if (a->T > 1 && a->T * a->D > SMALL)
     for (int64_t t = 0; t < a->T; t++)
         for (int64_t d = 0; d < a->D; d++) {
             float sum = a->sums[t * a->D + d];

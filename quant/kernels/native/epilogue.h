@@ -10,6 +10,11 @@
 
 #define BLOCK 32 /* output channels side by side */
 
+/* The sums of a panel of rows are what a thread holds at a time. All blocks of channels pass the rows of
+   a round before the next round comes, so that the integers of a long prompt come from a cache near by. */
+#define PANEL 48
+#define ROUND (4 * PANEL)
+
 typedef struct {
     const float *scale; /* [N], or NULL where the sums are scaled already */
     const void *bias;   /* [N] of bias_type, or NULL */

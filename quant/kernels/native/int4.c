@@ -29,7 +29,6 @@
 #define ROWS 6      /* most rows of a tile, as in int8.c */
 #define STEP 512    /* most columns at a time, whose sum fits int32: 16 KB of a part widened */
 #define ROW (STEP + 16) /* int16 from a row to the next: they begin in different banks of the cache */
-#define PANEL 48    /* rows whose sums a thread holds at a time */
 #define AHEAD 2048  /* bytes that one row's product fetches ahead */
 #define FLOAT16 4   /* a type that only scales have */
 
@@ -458,16 +457,18 @@ int shardrun_int4(const int4_t *a) {
     product_t p = {a, &SETS[a->set], columns, num_planes, num_groups, q, row_scale,
                    {a->scale, a->bias, a->bias_type, a->out, a->out_type, a->N}};
     row_functions_t f = row_functions(a->set, a->x_type);
-    int64_t num_blocks = (a->N + BLOCK - 1) / BLOCK;
+    int64_t num_blocks = (a->N + BLOCK - 1) / BLOCK, num_rounds = (a->M + ROUND - 1) / ROUND;
 #pragma omp parallel if (a->N * a->K * a->M > 65536)
     {
 #pragma omp for schedule(static)
         for (int64_t m = 0; m < a->M; m++) row_scale[m] = place_row(&p, f, q, m);
 /* A core that others use too takes fewer blocks. */
 #pragma omp for schedule(dynamic, 4) nowait
-        for (int64_t block = 0; block < num_blocks; block++)
-            for (int64_t m = 0; m < a->M; m += PANEL)
-                multiply(&p, block, m, a->M - m < PANEL ? a->M - m : PANEL);
+        for (int64_t i = 0; i < num_rounds * num_blocks; i++) {
+            int64_t first = i / num_blocks * ROUND, end = a->M - first < ROUND ? a->M : first + ROUND;
+            for (int64_t m = first; m < end; m += PANEL)
+                multiply(&p, i % num_blocks, m, end - m < PANEL ? end - m : PANEL);
+        }
     }
     return 0;
 }

@@ -28,7 +28,6 @@
 #define ROWS 6    /* most rows of a tile: 12 sums, 2 weights, an activation, a product: 16 registers */
 #define CHUNK 512 /* columns whose sum fits int32: 512 * 32258 * 128 < 2^31; 16 KB of weights */
 #define AHEAD 32  /* pairs of columns (64 bytes of weights each) that one row's product fetches ahead */
-#define PANEL 48  /* rows whose sums a thread holds at a time */
 
 /* ---- one tile for each instruction set ---- */
 
@@ -285,7 +284,7 @@ int shardrun_linear(const linear_t *a) {
     product_t p = {SETS[a->set].block, M, K, a->N, num_planes, stride, q, row_scale, a->packed,
                    {a->scale, a->bias, a->bias_type, a->out, a->out_type, a->N}};
     row_functions_t f = row_functions(a->set, a->x_type);
-    int64_t size = a->x_type == FLOAT32 ? 4 : 2, num_blocks = (a->N + BLOCK - 1) / BLOCK;
+    int64_t size = a->x_type == FLOAT32 ? 4 : 2, num_blocks = (a->N + BLOCK - 1) / BLOCK, num_rounds = (M + ROUND - 1) / ROUND;
 #pragma omp parallel if (a->N * K * M > 65536)
     {
 #pragma omp for schedule(static)
@@ -302,9 +301,11 @@ int shardrun_linear(const linear_t *a) {
         }
 /* A core that others use too takes fewer blocks. */
 #pragma omp for schedule(dynamic, 4) nowait
-        for (int64_t block = 0; block < num_blocks; block++)
-            for (int64_t m = 0; m < M; m += PANEL)
-                multiply(&p, block, m, M - m < PANEL ? M - m : PANEL);
+        for (int64_t i = 0; i < num_rounds * num_blocks; i++) {
+            int64_t first = i / num_blocks * ROUND, end = M - first < ROUND ? M : first + ROUND;
+            for (int64_t m = first; m < end; m += PANEL)
+                multiply(&p, i % num_blocks, m, end - m < PANEL ? end - m : PANEL);
+        }
     }
     return 0;
 }
@@ -321,6 +322,7 @@ typedef struct {
 int shardrun_row_amax(const row_amax_t *a) {
     row_functions_t f = row_functions(a->set, a->x_type);
     int64_t size = a->x_type == FLOAT32 ? 4 : 2;
+#pragma omp parallel for schedule(static) if (a->M > 1 && a->M * a->K > SMALL)
     for (int64_t m = 0; m < a->M; m++)
         a->amax[m] = f.amax((const char *)a->x + m * a->x_stride * size, a->K);
     return 0;
@@ -345,6 +347,7 @@ typedef struct {
 /* out = sums * row_scale * scale + bias: what the sums that were added up between ranks stand for. */
 int shardrun_finish(const finish_t *a) {
     epilogue_t e = {a->scale, a->bias, a->bias_type, a->out, a->out_type, a->N};
+#pragma omp parallel for schedule(static) if (a->M > 1 && a->M * a->N > SMALL)
     for (int64_t m = 0; m < a->M; m++) {
         float row_scale = a->input_scale ? a->damaged[m] ? NAN : *a->input_scale
                                          : row_scale_of(a->amax[m], (float)a->levels);

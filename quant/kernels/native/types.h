@@ -8,6 +8,8 @@
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, INT32 = 2, INT64 = 3, INT8 = 4, FLOAT16 = 5 };
 
+#define SMALL 4096 /* elements that are not worth a second thread where each is touched once */
+
 static inline float widen_bfloat16(uint16_t half) {
     uint32_t bits = (uint32_t)half << 16;
     float value;

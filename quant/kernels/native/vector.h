@@ -19,20 +19,26 @@ TARGET INLINE v8f NAME(load8)(const void *p, int type, int64_t at) {
     return NAME(widened)((const uint16_t *)p + at);
 }
 
-/* Eight numbers rounded to `type`; to_bfloat16's rule, a NaN stays one. */
+/* to_bfloat16 of each of eight numbers. */
+TARGET INLINE v8u NAME(bfloat16_bits)(v8f value) {
+    v8u bits = (v8u)value, is_nan = (v8u)(value != value);
+    v8u rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return (rounded & ~is_nan) | ((bits >> 16 | 64) & is_nan);
+}
+
+/* Eight numbers rounded to `type`. */
 TARGET INLINE void NAME(store8)(void *p, int type, int64_t at, v8f value) {
     if (type == FLOAT32) {
         memcpy((float *)p + at, &value, sizeof value);
         return;
     }
-    for (int i = 0; i < 8; i++) ((uint16_t *)p)[at + i] = to_bfloat16(value[i]);
+    v8h halves = __builtin_convertvector(NAME(bfloat16_bits)(value), v8h);
+    memcpy((uint16_t *)p + at, &halves, sizeof halves);
 }
 
 /* Eight numbers as if they had been stored and loaded. */
 TARGET INLINE v8f NAME(round8)(v8f value, int type) {
-    if (type != FLOAT32)
-        for (int i = 0; i < 8; i++) value[i] = widen_bfloat16(to_bfloat16(value[i]));
-    return value;
+    return type == FLOAT32 ? value : (v8f)(NAME(bfloat16_bits)(value) << 16);
 }
 
 TARGET INLINE float NAME(sum8)(v8f s) {
