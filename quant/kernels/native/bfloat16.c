@@ -48,7 +48,8 @@ int shardrun_bfloat16(const bfloat16_t *a) {
 #pragma omp for schedule(static)
         for (int64_t m = 0; m < M; m++)
             for (int64_t k = 0; k < K; k++) x[m * K + k] = widen(a->x, a->x_type, m * a->x_stride + k);
-#pragma omp for schedule(static)
+/* A core that others use too takes fewer tiles. */
+#pragma omp for schedule(dynamic, 32) nowait
         for (int64_t t = 0; t < num_tiles; t++) {
             int64_t n = t * TILE_CHANNELS, channels = N - n < TILE_CHANNELS ? N - n : TILE_CHANNELS;
             multiply(a->w + n * K, K, x, K, M, channels, sums + n, N);
