@@ -69,14 +69,28 @@ def assert_same(found: object, expected: object) -> None:
 @pytest.mark.parametrize("rows", ROWS, ids=str)
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_parts_are_packed_as_the_joined_weight_is(grid, rows, columns):
-    for activation_dtype in (None, "int8"):
+    """The portable set takes int8 activations in quads, the widest may take them in pairs."""
+    for activation_dtype, name in ((None, None), ("int8", None), ("int8", "portable")):
         parts = make_parts(grid, rows, columns, activation_dtype)
-        joined = NativeKernel().pack(fuse(parts))
-        ready = make_ready(NativeKernel(), *parts)
+        kernel = NativeKernel(name)
+        joined = kernel.pack(fuse(parts))
+        ready = make_ready(kernel, *parts)
         assert_same(ready, joined)
         assert (ready.shape, ready.nbytes) == (joined.shape, joined.nbytes)
         if grid.bits == 4:
-            assert_same(make_ready(NativeKernel(), *map(as_stored, parts)), joined)
+            assert_same(make_ready(kernel, *map(as_stored, parts)), joined)
+
+
+@needs_c
+@pytest.mark.parametrize("columns", [4096, 24, 201, 72, 3], ids=str)
+def test_the_sums_of_the_channels_lie_behind_their_quads(columns):
+    (weight,) = make_parts(Grid(8), (45,), (columns, 0), "int8")
+    packed = NativeKernel("portable").pack(weight).packed
+    sums = packed[:, -1].view(torch.int32).flatten()
+    assert sums.tolist() == weight.values_NK.sum(1).tolist() + [0] * (64 - 45)
+    words = weight.values_NK.new_zeros(64, packed[:, :-1].shape[1] * 4)
+    words[:45, :columns] = weight.values_NK
+    assert torch.equal(packed[:, :-1], words.view(2, 32, -1, 4).transpose(1, 2))
 
 
 @needs_c
@@ -92,19 +106,25 @@ def test_packed_parts_multiply_as_each_alone_does_in_the_reference(grid):
 @needs_c
 @pytest.mark.parametrize("first", [0, 3, 8, 29, 32])
 @pytest.mark.parametrize(
-    ("function", "bits"), [("pack", 8), ("pack_int4", 4), ("pack_nibbles", 4)], ids=str
+    ("function", "bits", "width", "num_words"),
+    [
+        ("pack_pairs", 8, 2, 56),
+        ("pack_quads", 8, 4, 29),
+        ("pack_int4", 4, 4, 14),
+        ("pack_nibbles", 4, 4, 14),
+    ],
+    ids=str,
 )
-def test_packing_writes_its_own_channels_and_no_others(function, bits, first):
+def test_packing_writes_its_own_channels_and_no_others(function, bits, width, num_words, first):
     num_rows, num_columns = 21, 112
     (weight,) = make_parts(Grid(bits), (num_rows,), (num_columns, 0))
     rows = pack_int4(weight.values_NK) if function == "pack_nibbles" else weight.values_NK
-    packed = torch.full((2, num_columns * bits // 64, 32, 8), 0x55, dtype=torch.uint8)
-    before = packed.view(2, -1, 32, bits // 4 if bits == 8 else 4).clone()
+    packed = torch.full((2, num_words, 32, width), 0x55, dtype=torch.uint8)
+    before = packed.clone()
     getattr(calls.open_library(), f"shardrun_{function}")(
         rows.data_ptr(), rows.stride(0), num_rows, num_columns, packed.data_ptr(), first
     )
-    after = packed.view(before.shape)
-    channels = (after != before).transpose(1, 2).flatten(0, 1).flatten(1).any(1)
+    channels = (packed != before).transpose(1, 2).flatten(0, 1).flatten(1).any(1)
     assert channels.nonzero().flatten().tolist() == list(range(first, first + num_rows))
 
 

@@ -108,7 +108,9 @@ def open_library() -> ctypes.CDLL:
     found = ctypes.CDLL(str(path))
     found.shardrun_set_name.argtypes = found.shardrun_set_works.argtypes = [ctypes.c_int]
     found.shardrun_set_name.restype = ctypes.c_char_p
-    for pack in (found.shardrun_pack, found.shardrun_pack_int4, found.shardrun_pack_nibbles):
+    found.shardrun_width.argtypes = [ctypes.c_int, _SIZE]
+    for kind in ("pairs", "quads", "int4", "nibbles"):
+        pack = getattr(found, f"shardrun_pack_{kind}")
         pack.argtypes = [_POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE]
         pack.restype = None
     found.shardrun_run.argtypes = [_POINTER, _SIZE, _SIZE, _POINTER]

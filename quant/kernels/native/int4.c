@@ -84,18 +84,20 @@ ALWAYS v8i load_words(const uint8_t *p) {
     memcpy(&words, p, sizeof words);
     return words;
 }
-ALWAYS pairs_t load_bytes(const int8_t *p) {
-    pairs_t w;
-    for (int i = 0; i < 8; i++) w.even[i] = p[2 * i], w.odd[i] = p[2 * i + 1];
-    return w;
+typedef int16_t v8s __attribute__((vector_size(16)));
+ALWAYS pairs_t load_bytes(const uint8_t *p) {
+    v8s pairs;
+    memcpy(&pairs, p, sizeof pairs);
+    return (pairs_t){
+        __builtin_convertvector(pairs << 8 >> 8, v8i), __builtin_convertvector(pairs >> 8, v8i)};
 }
 ALWAYS pairs_t load_pairs(const int16_t *p) {
-    pairs_t w;
-    for (int i = 0; i < 8; i++) w.even[i] = p[2 * i], w.odd[i] = p[2 * i + 1];
-    return w;
+    v8i words = load_words((const uint8_t *)p);
+    return (pairs_t){words << 16 >> 16, words >> 16};
 }
 ALWAYS void store_pairs(int16_t *p, pairs_t w) {
-    for (int i = 0; i < 8; i++) p[2 * i] = (int16_t)w.even[i], p[2 * i + 1] = (int16_t)w.odd[i];
+    v8i words = (w.even & 0xffff) | w.odd << 16;
+    memcpy(p, &words, sizeof words);
 }
 #define V v8i
 #define W pairs_t
@@ -103,7 +105,7 @@ ALWAYS void store_pairs(int16_t *p, pairs_t w) {
 #define ZERO() ((v8i){})
 #define LOAD_NIBBLES(p) load_words(p)
 #define NIBBLES(v, i) ((pairs_t){(v) << (28 - 4 * (i)) >> 28, (v) << (12 - 4 * (i)) >> 28})
-#define LOAD_BYTES(p) load_bytes((const int8_t *)(p))
+#define LOAD_BYTES(p) load_bytes(p)
 #define LOAD_W(p) load_pairs(p)
 #define STORE_W(p, w) store_pairs(p, w)
 #define LOAD_X(p) ((pairs_t){(v8i){} + (p)[0], (v8i){} + (p)[1]})
@@ -184,12 +186,12 @@ ALWAYS int32_t load_pair(const int16_t *p) {
 
 #endif
 
-/* In the order of int8.c's. */
 static const set_t SETS[] = {
-    SET(portable, 8),
+    [PORTABLE] = SET(portable, 8),
 #ifdef __x86_64__
-    SET(avx2, 8),
-    SET(avx512, 16),
+    [AVX2] = SET(avx2, 8),
+    [AVXVNNI] = SET(avx2, 8),
+    [AVX512VNNI] = SET(avx512, 16),
 #endif
 };
 
@@ -207,7 +209,7 @@ void shardrun_pack_int4(
         touch_pages(to, 4 * BLOCK * (K / 8));
         for (int64_t k = 0; k < K; k += STEP) {
             int64_t columns = K - k < STEP ? K - k : STEP;
-            shardrun_pack(src + n * stride + k, stride, rows, columns, (int8_t *)pairs, from);
+            shardrun_pack_pairs(src + n * stride + k, stride, rows, columns, (int8_t *)pairs, from);
             for (int64_t at = 0; at < columns / 2; at += 4, to += BLOCK)
                 for (int64_t c = from; c < from + rows; c++) {
                     uint32_t word = 0;

@@ -111,7 +111,10 @@ def _rows(part: StoredWeight, before: int, num_columns: int) -> Rows:
     values_NK = with_columns(weight.values_NK)
     if num_columns > weight.shape[1]:
         values_NK = F.pad(values_NK, (before, num_columns - before - weight.shape[1]))
-    return library.shardrun_pack_int4 if weight.bits == 4 else library.shardrun_pack, values_NK
+    return (
+        library.shardrun_pack_int4 if weight.bits == 4 else library.shardrun_pack_pairs,
+        values_NK,
+    )
 
 
 def _block_scales(scale_NG: Tensor) -> Tensor:

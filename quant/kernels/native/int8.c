@@ -2,118 +2,30 @@
 
    Activations are rows of integers q of at most 16 bits (quant/activations.py says how they come
    about), perhaps in two planes, x = scale * (RADIX * high + low). Weights are int8, packed so that
-   32 output channels lie side by side:
+   32 output channels lie side by side, a few columns (`width`) of each:
 
-       packed[N / 32][K / 2][32 channels][2 columns]
+       packed[N / 32][K / width][32 channels][width columns]
 
-   A register holds the pairs of several channels; one instruction multiplies them by a pair of
-   activations and adds both products in int32. So there is no horizontal sum, no saturation, and
+   A register holds these columns of several channels; one instruction multiplies them by as many of an
+   activation and adds the products in int32: pairs of 16 bits everywhere, quads of 8 bits where the
+   processor has an instruction for them (int8_sets.h). So there is no horizontal sum, no saturation, and
    the weights are read once in one stream. The sums of CHUNK columns fit int32 and are added up in
    int64: the result is the same integer on every processor, in every order, at every
    number of threads.
+
+   Quads are of unsigned activations: q + offset. Behind the weights of a block lie the sums of its
+   channels' weights, int32, whose `offset`-fold comes off in the end.
 
    Compiled without any header of torch's; launcher and tests reach it through ctypes. OpenMP's
    functions are those of the library that torch has loaded, so both share one pool of threads. */
 
 #include <stdint.h>
 #include <string.h>
-#ifdef __x86_64__
-#include <immintrin.h>
-#endif
 
 #include "epilogue.h"
+#include "int8_sets.h"
 #include "pack.h"
 #include "rows.h"
-
-#define ROWS 6    /* most rows of a tile: 12 sums, 2 weights, an activation, a product: 16 registers */
-#define CHUNK 512 /* columns whose sum fits int32: 512 * 32258 * 128 < 2^31; 16 KB of weights */
-#define AHEAD 32  /* pairs of columns (64 bytes of weights each) that one row's product fetches ahead */
-
-/* ---- one tile for each instruction set ---- */
-
-typedef void (*block_t)(
-    const int8_t *, const int16_t *, int64_t, int64_t, int64_t, int64_t *, const int8_t *);
-
-#define NAME(x) x##_portable
-#define TARGET
-#define LANES 8
-typedef int32_t v8i __attribute__((vector_size(32)));
-typedef struct { v8i even, odd; } pairs_t;
-static inline __attribute__((always_inline)) pairs_t load_pairs(const int8_t *p) {
-    pairs_t w;
-    for (int i = 0; i < 8; i++) w.even[i] = p[2 * i], w.odd[i] = p[2 * i + 1];
-    return w;
-}
-static inline __attribute__((always_inline)) pairs_t repeat_pair(const int16_t *p) {
-    return (pairs_t){(v8i){} + p[0], (v8i){} + p[1]};
-}
-static inline __attribute__((always_inline)) void add_lanes(int64_t *p, v8i sums) {
-    for (int i = 0; i < 8; i++) p[i] += sums[i];
-}
-#define V v8i
-#define W pairs_t
-#define ZERO() ((v8i){})
-#define LOAD_W(p) load_pairs(p)
-#define LOAD_X(p) repeat_pair(p)
-#define DOT(s, w, x) ((s) + (w).even * (x).even + (w).odd * (x).odd)
-#define ADD_TO(p, s) add_lanes(p, s)
-#define KEEP(a, b)
-#include "tile.h"
-
-#ifdef __x86_64__
-
-__attribute__((target("avx2"))) static inline void add_lanes_avx2(int64_t *p, __m256i sums) {
-    __m256i low = _mm256_cvtepi32_epi64(_mm256_castsi256_si128(sums));
-    __m256i high = _mm256_cvtepi32_epi64(_mm256_extracti128_si256(sums, 1));
-    __m256i *q = (__m256i *)p;
-    _mm256_storeu_si256(q, _mm256_add_epi64(_mm256_loadu_si256(q), low));
-    _mm256_storeu_si256(q + 1, _mm256_add_epi64(_mm256_loadu_si256(q + 1), high));
-}
-static inline int32_t load_pair(const int16_t *p) {
-    int32_t pair;
-    memcpy(&pair, p, sizeof pair);
-    return pair;
-}
-#define NAME(x) x##_avx2
-#define TARGET __attribute__((target("avx2")))
-#define LANES 8
-#define V __m256i
-#define W __m256i
-#define ZERO() _mm256_setzero_si256()
-#define LOAD_W(p) _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(p)))
-#define LOAD_X(p) _mm256_set1_epi32(load_pair(p))
-#define DOT(s, w, x) _mm256_add_epi32(s, _mm256_madd_epi16(w, x))
-#define ADD_TO(p, s) add_lanes_avx2(p, s)
-#define KEEP(a, b) __asm__ volatile("" : "+x"(a), "+x"(b)::"memory")
-#include "tile.h"
-
-#define NAME(x) x##_avx512
-#define TARGET __attribute__((target("avx2,avx512f,avx512bw,avx512vl,avx512vnni")))
-TARGET static inline void add_lanes_avx512(int64_t *p, __m512i sums) {
-    add_lanes_avx2(p, _mm512_castsi512_si256(sums));
-    add_lanes_avx2(p + 8, _mm512_extracti64x4_epi64(sums, 1));
-}
-#define LANES 16
-#define V __m512i
-#define W __m512i
-#define ZERO() _mm512_setzero_si512()
-#define LOAD_W(p) _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(p)))
-#define LOAD_X(p) _mm512_set1_epi32(load_pair(p))
-#define DOT(s, w, x) _mm512_dpwssd_epi32(s, w, x)
-#define ADD_TO(p, s) add_lanes_avx512(p, s)
-#define KEEP(a, b) __asm__ volatile("" : "+v"(a), "+v"(b)::"memory")
-#include "tile.h"
-
-#endif
-
-static const struct { const char *name; block_t block; } SETS[] = {
-    {"portable", block_portable},
-#ifdef __x86_64__
-    {"avx2", block_avx2},
-    {"avx512vnni", block_avx512},
-#endif
-};
-#define NUM_SETS ((int)(sizeof SETS / sizeof SETS[0]))
 
 /* The name of instruction set `index`, or NULL past the last; later ones are wider. */
 const char *shardrun_set_name(int index) {
@@ -121,25 +33,19 @@ const char *shardrun_set_name(int index) {
 }
 
 /* Whether this processor has it. */
-int shardrun_set_works(int index) {
-#ifdef __x86_64__
-    __builtin_cpu_init();
-    if (index == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (index == 2)
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
-#endif
-    return index == 0;
+int shardrun_set_works(int index) { return SETS[index].works(); }
+
+/* Columns of a channel side by side in weights that are multiplied by activations of `levels`. */
+int shardrun_width(int set, int64_t levels) {
+    return levels == LEVELS_INT8 && SETS[set].quads ? QUAD : PAIR;
 }
 
 /* ---- packing ---- */
 
-/* Pairs of columns k of 8 rows, from src (rows `stride` bytes apart) to block[k][row], as far as
-   whole registers go; returns how many. */
-static int64_t transpose_8_rows(const int8_t *src, int64_t stride, int64_t pairs, uint16_t *block) {
-    int64_t k = 0;
 #ifdef __x86_64__
-    for (; k + 8 <= pairs; k += 8) {
+/* Words of 8 rows, from src (rows `stride` bytes apart) to block[k][row]; `count` a multiple of 8. */
+static void transpose_pairs(const int8_t *src, int64_t stride, int64_t count, uint16_t *block) {
+    for (int64_t k = 0; k < count; k += 8) {
         __m128i a[8], b[8];
         for (int n = 0; n < 8; n++)
             a[n] = _mm_loadu_si128((const __m128i *)(src + n * stride + 2 * k));
@@ -158,27 +64,87 @@ static int64_t transpose_8_rows(const int8_t *src, int64_t stride, int64_t pairs
             _mm_storeu_si128((__m128i *)(to + BLOCK), _mm_unpackhi_epi64(a[n], a[n + 4]));
         }
     }
-#endif
-    return k;
 }
 
-/* pack.h says what it does. */
-void shardrun_pack(
-    const int8_t *src, int64_t stride, int64_t N, int64_t K, int8_t *packed, int64_t first) {
-    int64_t num_pairs = (K + 1) / 2;
-    for (int64_t n = 0, done = 0; n < N; n++) { /* done: pairs of these rows packed already */
+static void transpose_quads(const int8_t *src, int64_t stride, int64_t count, uint32_t *block) {
+    for (int64_t k = 0; k < count; k += 4)
+        for (int n = 0; n < 8; n += 4) {
+            __m128i a[4], b[4];
+            for (int i = 0; i < 4; i++)
+                a[i] = _mm_loadu_si128((const __m128i *)(src + (n + i) * stride + 4 * k));
+            for (int i = 0; i < 2; i++) {
+                b[i] = _mm_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
+                b[2 + i] = _mm_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+            }
+            for (int i = 0; i < 2; i++) {
+                __m128i *to = (__m128i *)(block + BLOCK * (k + 2 * i) + n);
+                _mm_storeu_si128(to, _mm_unpacklo_epi64(b[2 * i], b[2 * i + 1]));
+                _mm_storeu_si128(to + BLOCK / 4, _mm_unpackhi_epi64(b[2 * i], b[2 * i + 1]));
+            }
+        }
+}
+#endif
+
+/* The words of 8 rows, which lie side by side in a block, as far as whole registers go; how many. */
+static int64_t transpose_8_rows(
+    const int8_t *src, int64_t stride, int64_t count, int64_t width, int8_t *block) {
+#ifdef __x86_64__
+    count -= count % 8;
+    if (width == PAIR) transpose_pairs(src, stride, count, (uint16_t *)block);
+    else transpose_quads(src, stride, count, (uint32_t *)block);
+    return count;
+#else
+    return 0;
+#endif
+}
+
+static int64_t num_words(int64_t K, int64_t width) { return (K + width - 1) / width; }
+
+/* Bytes of a block, with the sums of its channels behind quads. */
+static int64_t block_bytes(int64_t K, int64_t width) {
+    return BLOCK * width * (num_words(K, width) + (width == QUAD));
+}
+
+static int32_t sum_of(const int8_t *row, int64_t K) {
+    int32_t sum = 0;
+    for (int64_t k = 0; k < K; k++) sum += row[k];
+    return sum;
+}
+
+static void pack(
+    const int8_t *src, int64_t stride, int64_t N, int64_t K, int8_t *packed, int64_t first,
+    int64_t width) {
+    int64_t size = block_bytes(K, width), count = num_words(K, width), rest = K % width;
+    for (int64_t n = 0, done = 0; n < N; n++) { /* done: words of these rows packed already */
         int64_t at = (first + n) % BLOCK;
         const int8_t *row = src + n * stride;
-        uint16_t *block = (uint16_t *)packed + (first + n - at) * num_pairs;
-        if (n == 0 || at == 0) touch_pages(block, 2 * BLOCK * num_pairs);
+        int8_t *block = packed + (first + n) / BLOCK * size, *words = block + width * at;
+        if (n == 0 || at == 0) touch_pages(block, size);
         if (n == 0 || at % 8 == 0)
-            done = at % 8 == 0 && n + 8 <= N ? transpose_8_rows(row, stride, K / 2, block + at) : 0;
-        for (int64_t k = done; k < K / 2; k++) memcpy(block + BLOCK * k + at, row + 2 * k, 2);
-        if (K % 2) {
-            int8_t last[2] = {row[K - 1], 0};
-            memcpy(block + BLOCK * (num_pairs - 1) + at, last, 2);
+            done = at % 8 == 0 && n + 8 <= N ? transpose_8_rows(row, stride, K / width, width, words) : 0;
+        for (int64_t k = done; k < K / width; k++)
+            memcpy(words + BLOCK * width * k, row + width * k, width);
+        if (rest) {
+            int8_t last[QUAD] = {0};
+            memcpy(last, row + K - rest, rest);
+            memcpy(words + BLOCK * width * (count - 1), last, width);
+        }
+        if (width == QUAD) {
+            int32_t sum = sum_of(row, K);
+            memcpy(words + BLOCK * width * count, &sum, sizeof sum);
         }
     }
+}
+
+/* pack.h says what they do. */
+void shardrun_pack_pairs(
+    const int8_t *src, int64_t stride, int64_t N, int64_t K, int8_t *packed, int64_t first) {
+    pack(src, stride, N, K, packed, first, PAIR);
+}
+
+void shardrun_pack_quads(
+    const int8_t *src, int64_t stride, int64_t N, int64_t K, int8_t *packed, int64_t first) {
+    pack(src, stride, N, K, packed, first, QUAD);
 }
 
 /* ---- the product ---- */
@@ -207,17 +173,35 @@ static float quantize_static(
     return is_finite ? scale : NAN;
 }
 
+/* A row of integers as bytes in its place, each `offset` more; zeros up to a whole quad. */
+static void to_bytes(int16_t *q, int64_t K, int16_t offset) {
+    for (int64_t k = 0; k < K; k += 64) {
+        int16_t words[64] = {0};
+        uint8_t bytes[64];
+        int64_t count = K - k < 64 ? K - k : 64;
+        memcpy(words, q + k, 2 * count);
+        for (int i = 0; i < 64; i++) bytes[i] = (uint8_t)(words[i] + offset);
+        memcpy((uint8_t *)q + k, bytes, (count + QUAD - 1) / QUAD * QUAD);
+    }
+}
+
 typedef struct {
     block_t block;
-    int64_t M, K, N, num_planes, stride; /* stride: int16 between rows of q */
-    const int16_t *q;                    /* [planes][M][stride] */
-    const float *row_scale;              /* [M] */
+    int64_t width, M, K, N, num_planes, stride; /* stride: int16 between rows of q */
+    const int16_t *q;                           /* [planes][M][stride]; as bytes for quads */
+    int64_t offset;                             /* of these bytes */
+    const float *row_scale;                     /* [M] */
     const int8_t *packed;
     epilogue_t end;
 } product_t;
 
-static void finish(const product_t *p, int64_t m, int64_t n0, int64_t *sums, const int64_t *low) {
+/* of_weights: the sums of the block's channels, or NULL. */
+static void finish(
+    const product_t *p, int64_t m, int64_t n0, int64_t *sums, const int64_t *low,
+    const int32_t *of_weights) {
     int64_t count = p->N - n0 < BLOCK ? p->N - n0 : BLOCK;
+    if (of_weights)
+        for (int64_t n = 0; n < count; n++) sums[n] -= p->offset * of_weights[n];
     if (low)
         for (int64_t n = 0; n < count; n++) sums[n] = RADIX * sums[n] + low[n];
     if (p->end.out_type >= INT32) {
@@ -231,22 +215,25 @@ static void finish(const product_t *p, int64_t m, int64_t n0, int64_t *sums, con
 
 /* One block of channels times some rows. */
 static void multiply(const product_t *p, int64_t block, int64_t m0, int64_t rows) {
-    int64_t sums[2 * PANEL * BLOCK], num_pairs = (p->K + 1) / 2;
+    int64_t sums[2 * PANEL * BLOCK], count = num_words(p->K, p->width), most = CHUNK / p->width;
+    int64_t word_bytes = BLOCK * p->width;
+    const int8_t *weights = p->packed + block * block_bytes(p->K, p->width);
+    const int32_t *of_weights = p->width == QUAD ? (const int32_t *)(weights + word_bytes * count) : 0;
     memset(sums, 0, p->num_planes * rows * BLOCK * sizeof *sums);
     /* The planes of all rows lie behind one another and are multiplied as one. */
     int64_t at_once = rows == p->M ? p->num_planes : 1;
-    for (int64_t k = 0; k < num_pairs; k += CHUNK / 2) {
-        int64_t pairs = num_pairs - k < CHUNK / 2 ? num_pairs - k : CHUNK / 2;
-        const int8_t *w = p->packed + (block * num_pairs + k) * 2 * BLOCK;
+    for (int64_t k = 0; k < count; k += most) {
+        int64_t words = count - k < most ? count - k : most;
+        const int8_t *w = weights + word_bytes * k;
         for (int64_t plane = 0; plane < p->num_planes; plane += at_once)
             p->block(
-                w, p->q + (plane * p->M + m0) * p->stride + 2 * k, p->stride, at_once * rows, pairs,
-                sums + plane * rows * BLOCK, w + 2 * BLOCK * pairs);
+                w, (const char *)(p->q + (plane * p->M + m0) * p->stride) + WORD * k, 2 * p->stride,
+                at_once * rows, words, sums + plane * rows * BLOCK, w + word_bytes * words);
     }
     for (int64_t m = 0; m < rows; m++)
         finish(
             p, m0 + m, block * BLOCK, sums + m * BLOCK,
-            p->num_planes == 2 ? sums + (rows + m) * BLOCK : 0);
+            p->num_planes == 2 ? sums + (rows + m) * BLOCK : 0, of_weights);
 }
 
 /* The product's arguments.
@@ -256,7 +243,8 @@ static void multiply(const product_t *p, int64_t block, int64_t m0, int64_t rows
    that it is a part of. input_scale: NULL, or the one scale of static activations, and zero_point: of
    theirs, -128 to 127. levels: the largest |q|; above 32767 it takes two planes. scale: [N]. bias: [N]
    of bias_type or NULL. out: [M, N] of out_type; INT32 and INT64 take the bare sums. damaged: NULL, or
-   room for M, which become 1 for a row that holds an infinity or a NaN, else 0.
+   room for M, which become 1 for a row that holds an infinity or a NaN, else 0. packed: of the width of
+   these levels.
    work: room for planes * M * (K rounded up to even, + 16) int16 and, behind them, M floats. */
 typedef struct {
     int64_t set;
@@ -281,7 +269,9 @@ int shardrun_linear(const linear_t *a) {
     int64_t M = a->M, K = a->K, num_planes = a->levels > 32767 ? 2 : 1, stride = (K + 1) / 2 * 2 + 16;
     int16_t *q = a->work;
     float *row_scale = (float *)(q + num_planes * M * stride);
-    product_t p = {SETS[a->set].block, M, K, a->N, num_planes, stride, q, row_scale, a->packed,
+    int64_t width = shardrun_width(a->set, a->levels), offset = 128 + a->zero_point;
+    product_t p = {width == QUAD ? SETS[a->set].quads : SETS[a->set].pairs,
+                   width, M, K, a->N, num_planes, stride, q, offset, row_scale, a->packed,
                    {a->scale, a->bias, a->bias_type, a->out, a->out_type, a->N}};
     row_functions_t f = row_functions(a->set, a->x_type);
     int64_t size = a->x_type == FLOAT32 ? 4 : 2, num_blocks = (a->N + BLOCK - 1) / BLOCK, num_rounds = (M + ROUND - 1) / ROUND;
@@ -297,6 +287,7 @@ int shardrun_linear(const linear_t *a) {
                 row_scale[m] = quantize_row(
                     f, x, K, (float)a->levels, q + m * stride,
                     num_planes == 2 ? q + (M + m) * stride : 0, a->amax ? a->amax + m : 0);
+            if (width == QUAD) to_bytes(q + m * stride, K, (int16_t)offset);
             if (a->damaged) a->damaged[m] = isnan(row_scale[m]);
         }
 /* A core that others use too takes fewer blocks. */

@@ -20,19 +20,28 @@ from quant.kernels.native.weight import (
 )
 from quant.weight import QuantizedWeight, joined_shape, split_static
 
+# Columns that one instruction multiplies where it multiplies bytes; the sums of the channels lie behind.
+_QUAD = 4
+
 
 class Int8NativeWeight(NativeWeight):
-    """Pairs of columns of 32 channels side by side."""
+    """Pairs, or quads, of columns of 32 channels side by side."""
 
     def __init__(self, parts: Sequence[QuantizedWeight], set_index: int) -> None:
         weight, (out_features, in_features) = parts[0], joined_shape(parts)
         assert weight.bits == 8, weight.scheme
         assert weight.group_size is None, weight.scheme
         self._set_index = set_index
-        self.packed = torch.empty(
-            -(-out_features // BLOCK), -(-in_features // 2), BLOCK, 2, dtype=torch.int8
+        library = open_library()
+        # Only activations of 8 bits have few enough levels for quads, whatever their dtype.
+        width = library.shardrun_width(
+            set_index, num_levels(torch.bfloat16, weight.activation_dtype)
         )
-        pack = open_library().shardrun_pack
+        num_words = -(-in_features // width) + (width == _QUAD)
+        self.packed = torch.empty(
+            -(-out_features // BLOCK), num_words, BLOCK, width, dtype=torch.int8
+        )
+        pack = library.shardrun_pack_quads if width == _QUAD else library.shardrun_pack_pairs
         rows = ((pack, with_columns(part.values_NK)) for part in parts)
         pack_blocks(rows, self.packed, (out_features, in_features))
         self.scale_N = torch.cat([part.scale_NG.float().reshape(-1) for part in parts])

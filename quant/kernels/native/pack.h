@@ -16,7 +16,11 @@
 #endif
 
 /* int8 [N, K], rows `stride` apart, into packed[][ceil(K / 2)][32][2]. */
-void shardrun_pack(
+void shardrun_pack_pairs(
+    const int8_t *src, int64_t stride, int64_t N, int64_t K, int8_t *packed, int64_t first);
+
+/* The same into packed[][ceil(K / 4) + 1][32][4]; the last of a block are the sums of its channels, int32. */
+void shardrun_pack_quads(
     const int8_t *src, int64_t stride, int64_t N, int64_t K, int8_t *packed, int64_t first);
 
 #define LEAST_TOUCHED (64 << 10) /* bytes; below it a system call is not worth it */

@@ -10,6 +10,7 @@
 #include "types.h"
 
 #define RADIX 254         /* of the planes: x = scale * (RADIX * high + low) */
+#define LEVELS_INT8 127   /* of activations of 8 bits */
 #define LEAST_AMAX 1e-30f /* whose inverse is finite */
 
 /* amax: the largest absolute value of a row; a NaN counts as larger than all. round: x * inverse as
@@ -71,9 +72,9 @@
 ROW_FUNCTIONS(f32, , FLOAT32)
 ROW_FUNCTIONS(bf16, , BFLOAT16)
 #ifdef __x86_64__
-#define AVX2 __attribute__((target("avx2")))
-ROW_FUNCTIONS(f32_avx2, AVX2, FLOAT32)
-ROW_FUNCTIONS(bf16_avx2, AVX2, BFLOAT16)
+#define TARGET_ROWS __attribute__((target("avx2")))
+ROW_FUNCTIONS(f32_avx2, TARGET_ROWS, FLOAT32)
+ROW_FUNCTIONS(bf16_avx2, TARGET_ROWS, BFLOAT16)
 #endif
 
 typedef struct {
@@ -84,7 +85,7 @@ typedef struct {
 
 static row_functions_t row_functions(int64_t set, int64_t type) {
 #ifdef __x86_64__
-    if (set > 0)
+    if (set > PORTABLE)
         return type == FLOAT32
                    ? (row_functions_t){row_amax_f32_avx2, row_round_f32_avx2, row_clamp_f32_avx2}
                    : (row_functions_t){row_amax_bf16_avx2, row_round_bf16_avx2, row_clamp_bf16_avx2};

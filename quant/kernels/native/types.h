@@ -8,6 +8,10 @@
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, INT32 = 2, INT64 = 3, INT8 = 4, FLOAT16 = 5 };
 
+/* The instruction sets of products, narrowest first; what is not a product has two forms, portable and
+   AVX2 with FMA, which all above it have. */
+enum { PORTABLE, AVX2, AVXVNNI, AVX512VNNI };
+
 #define SMALL 4096 /* elements that are not worth a second thread where each is touched once */
 
 static inline float widen_bfloat16(uint16_t half) {

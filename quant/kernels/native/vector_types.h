@@ -66,7 +66,7 @@ TARGET_avx2 INLINE v8f sum_each_avx2(const v8f *of) {
 
 /* A function that is compiled for each SET, in the form for instruction set `set`. */
 #ifdef __x86_64__
-#define CHOOSE(set, name) ((set) > 0 ? name##_avx2 : name##_portable)
+#define CHOOSE(set, name) ((set) > PORTABLE ? name##_avx2 : name##_portable)
 #else
 #define CHOOSE(set, name) name##_portable
 #endif
