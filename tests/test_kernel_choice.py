@@ -60,6 +60,13 @@ def test_choice_is_recorded_and_slowness_is_said():
     assert slower_than_bfloat16(survey(), "native", "w8a16") == [128]
 
 
+def test_what_is_slower_by_no_more_than_times_move_is_not_called_slower():
+    found = survey()
+    found["kernels"]["native"]["ms"]["w8a16"] = {"1": 1.04, "8": 1.06}
+    found["unquantized"]["bfloat16"] = {"1": 1.0, "8": 1.0}
+    assert slower_than_bfloat16(found, "native", "w8a16") == [8]
+
+
 @pytest.mark.parametrize("found", [{"native": "not compiled: no C compiler"}], indirect=True)
 @pytest.mark.usefixtures("found")
 def test_fallback_is_said_with_its_reason():

@@ -13,7 +13,7 @@ import torch
 
 from launcher.failures import ConfigError
 from launcher.host import kernel_survey
-from quant.kernels.survey import Stopwatch
+from quant.kernels.survey import Contestant, least_times
 from tests.test_kernel_choice import survey
 
 
@@ -80,11 +80,24 @@ def test_nobody_waits_for_ever_for_one_that_stands_still(monkeypatch, tmp_path):
         assert kernel_survey.survey() == survey()
 
 
-def test_busy_machine_is_measured_once_a_product(monkeypatch):
+def contestant(name, calls):
+    return Contestant([lambda x_MK: calls.append((name, len(x_MK)))], torch.float32)
+
+
+def test_busy_machine_is_measured_once_a_product():
     calls = []
-    times = Stopwatch(0.0).times([lambda x_MK: calls.append(len(x_MK))], torch.float32)
-    assert set(times) == {"1", "8", "128"}
-    assert calls == [1, 1, 8, 8, 128, 128]  # one before, to warm up
+    times = least_times({("native", "w8a16"): contestant("a", calls)}, 0.0)
+    assert times.keys() == {("native", "w8a16")}
+    assert set(times["native", "w8a16"]) == {"1", "8", "128"}
+    assert [rows for _, rows in calls] == [1, 1, 8, 8, 128, 128]  # one before, to warm up
+
+
+def test_what_is_compared_is_timed_in_turn():
+    """So that whatever slows the machine for a while slows them all."""
+    calls = []
+    least_times({("native", name): contestant(name, calls) for name in "ab"}, 60.0)
+    assert [name for name, _ in calls] == ["a", "b"] * (len(calls) // 2)
+    assert [rows for _, rows in calls].count(1) == 2 * (1 + 12)
 
 
 def test_home_that_cannot_be_written_costs_only_time(monkeypatch, tmp_path):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,17 @@ _BUDGET_S = 20.0
 Product = Callable[[Tensor], Tensor]
 # Milliseconds, by the number of rows.
 Times = dict[str, float]
+# A kernel, or none, and the label of a scheme or of the dtype of weights.
+Name = tuple[str, str]
+_UNQUANTIZED = ""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """What is timed: products that differ in their weights alone, for activations of a dtype."""
+
+    products: Sequence[Product]
+    dtype: torch.dtype
 
 
 def survey() -> dict[str, Any]:
@@ -42,9 +53,19 @@ def survey() -> dict[str, Any]:
     `kernels`: for each name `problem`, `detail` and, where it works and is no fallback, `ms`: by
     scheme and number of rows. `unquantized`: the same of bfloat16 and float32 weights.
     """
-    watch = Stopwatch(_BUDGET_S)
     problems = {name: problem(name) for name in KERNELS}
     timed = [name for name in KERNELS if problems[name] is None and name != "reference"]
+    contestants = {
+        (name, label): Contestant(_products(KERNELS[name](), scheme), torch.bfloat16)
+        for name in timed
+        for label, scheme in _stand_ins(name).items()
+    }
+    # Activations above are bfloat16, whose 16 bits are the usual case of W8A16.
+    contestants |= {
+        (_UNQUANTIZED, str(dtype).removeprefix("torch.")): Contestant(_float_products(dtype), dtype)
+        for dtype in (torch.bfloat16, torch.float32)
+    }
+    times = least_times(contestants, _BUDGET_S)
     return {
         "shape": list(_SHAPE),
         "computes_on_gpus": torch.cuda.is_available(),
@@ -53,47 +74,43 @@ def survey() -> dict[str, Any]:
             name: {
                 "problem": problems[name],
                 "detail": _detail(name) if problems[name] is None else "",
-                "ms": _time_schemes(KERNELS[name](), watch) if name in timed else {},
+                "ms": {
+                    scheme.label: times[name, _stand_in(scheme).label]
+                    for scheme in (_own_schemes(name) if name in timed else ())
+                },
             }
             for name in KERNELS
         },
-        "unquantized": {
-            str(dtype).removeprefix("torch."): watch.times(_float_products(dtype), dtype)
-            for dtype in (torch.bfloat16, torch.float32)
-        },
+        "unquantized": {label: ms for (name, label), ms in times.items() if name == _UNQUANTIZED},
     }
 
 
-class Stopwatch:
-    """Times products, several times each until its budget is spent, then once.
+def least_times(contestants: Mapping[Name, Contestant], budget_s: float) -> dict[Name, Times]:
+    """How fast each of them is, all of them in turn: what slows the machine for a while slows them all.
+
+    The least time, not the median: other work on the machine must not decide. The weights of one
+    take turns too, so that each comes from memory and not from a cache.
 
     Args:
-        budget_s: seconds from now.
+        budget_s: once it is spent, each number of rows that is left is timed once.
     """
-
-    def __init__(self, budget_s: float) -> None:
-        self._deadline = time.perf_counter() + budget_s
-
-    def times(self, products: Sequence[Product], dtype: torch.dtype) -> Times:
-        """Of `products`, which differ in their weights alone, for activations of `dtype`."""
-        return {str(rows): self._least_ms(products, rows, dtype) for rows in ROWS}
-
-    def _least_ms(self, products: Sequence[Product], rows: int, dtype: torch.dtype) -> float:
-        """The weights take turns, so that each comes from memory and not from a cache.
-
-        The least time, not the median: other work on the machine must not decide.
-        """
-        x_MK = torch.randn(rows, _SHAPE[1]).to(dtype)
-        products[0](x_MK)
-        times = []
+    deadline = time.perf_counter() + budget_s
+    found: dict[Name, Times] = {name: {} for name in contestants}
+    for rows in ROWS:
+        inputs = {
+            name: torch.randn(rows, _SHAPE[1]).to(item.dtype) for name, item in contestants.items()
+        }
+        for name, item in contestants.items():
+            item.products[0](inputs[name])
         for turn in range(_REPEATS[rows]):
-            start = time.perf_counter()
-            products[turn % len(products)](x_MK)
-            end = time.perf_counter()
-            times.append(end - start)
-            if end > self._deadline:
+            for name, item in contestants.items():
+                start = time.perf_counter()
+                item.products[turn % len(item.products)](inputs[name])
+                ms = 1e3 * (time.perf_counter() - start)
+                found[name][str(rows)] = min(ms, found[name].get(str(rows), ms))
+            if time.perf_counter() > deadline:
                 break
-        return 1e3 * min(times)
+    return found
 
 
 def _detail(name: str) -> str:
@@ -101,18 +118,18 @@ def _detail(name: str) -> str:
     return kernel.instruction_set if isinstance(kernel, NativeKernel) else ""
 
 
-def _time_schemes(kernel: Kernel, watch: Stopwatch) -> dict[str, Times]:
-    """By the labels of all schemes that the kernel has products for."""
-    products = [scheme for scheme in ALL_SCHEMES if has_product(kernel.name, scheme)]
-    stand_ins = dict.fromkeys(map(_stand_in, products))
-    # Activations are bfloat16, whose 16 bits are the usual case of W8A16.
-    times = {item: watch.times(_products(kernel, item), torch.bfloat16) for item in stand_ins}
-    return {scheme.label: times[_stand_in(scheme)] for scheme in products}
+def _own_schemes(name: str) -> list[LinearScheme]:
+    return [scheme for scheme in ALL_SCHEMES if has_product(name, scheme)]
 
 
 def _stand_in(scheme: LinearScheme) -> LinearScheme:
     """The scheme that is timed for this one: it has as many bits."""
     return replace(scheme, group_size=None if scheme.weight_dtype == "int8" else 128)
+
+
+def _stand_ins(name: str) -> dict[str, LinearScheme]:
+    """What is timed of a kernel, by label."""
+    return {scheme.label: scheme for scheme in map(_stand_in, _own_schemes(name))}
 
 
 def _products(kernel: Kernel, scheme: LinearScheme) -> list[Product]:
