@@ -89,7 +89,7 @@ def own_labels(found: Mapping[str, Any], name: str, labels: Sequence[str]) -> li
 
 
 def slower_than_bfloat16(found: Mapping[str, Any], name: str, scheme: str) -> list[int]:
-    """The numbers of rows at which int8 weights take longer than bfloat16 ones, by more than times move."""
+    """The numbers of rows at which int8 weights take longer than bfloat16 ones."""
     ms, wide = found["kernels"][name]["ms"].get(scheme, {}), found["unquantized"]["bfloat16"]
     return [int(rows) for rows in ms if ms[rows] > _NOISE * wide[rows]]
 

@@ -21,11 +21,6 @@
 #define ROWS 6    /* most rows of a tile: 12 sums, 2 weights, an activation, a product: 16 registers */
 #define CHUNK 512 /* columns whose sum fits int32: 512 * 32258 * 128 < 2^31; 16 KB of weights */
 #define AHEAD 2048 /* bytes of weights that one row's product fetches ahead */
-#if defined(__x86_64__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
-#define HAS_AVXVNNI 1
-#else
-#define HAS_AVXVNNI 0
-#endif
 
 /* The weights of some columns of a block, `num_words` words of each channel; as many of each row's
    activations, rows x_stride bytes apart; the sums [rows][BLOCK] that are added to; weights to fetch

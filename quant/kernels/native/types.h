@@ -12,6 +12,9 @@ enum { FLOAT32 = 0, BFLOAT16 = 1, INT32 = 2, INT64 = 3, INT8 = 4, FLOAT16 = 5 };
    AVX2 with FMA, which all above it have. */
 enum { PORTABLE, AVX2, AVXVNNI, AVX512VNNI };
 
+/* Whether the compiler knows of it; clang calls itself GNU C 4. */
+#define HAS_AVXVNNI (__GNUC__ >= 11 || __clang_major__ >= 12)
+
 #define SMALL 4096 /* elements that are not worth a second thread where each is touched once */
 
 static inline float widen_bfloat16(uint16_t half) {
