@@ -29,8 +29,9 @@ from quant.linear import linear
 from quant.weight import QuantizedWeight, fuse
 
 SETS = list(calls.instruction_sets()) if calls.is_available() else []
-# (rows, out_features, in_features): odd sizes, one row, several panels, several chunks of columns.
+# (rows, out_features, in_features): odd sizes, one row, several panels, rounds and chunks of columns.
 SHAPES = [(1, 64, 64), (3, 70, 129), (8, 33, 1026), (100, 96, 600), (2, 31, 13824), (5, 3, 1)]
+SHAPES += [(241, 70, 129)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -85,7 +86,7 @@ def test_sums_of_int8_activations_do_not_wrap():
     values = torch.full((32, 53248), -128, dtype=torch.int8)
     weight = QuantizedWeight(values, torch.ones(32, 1), "int8")
     x = torch.ones(2, 53248)
-    for kernel in (ReferenceKernel(), native.NativeKernel()):
+    for kernel in (ReferenceKernel(), *map(native.NativeKernel, SETS)):
         sums = kernel.pack(weight).sums(x, row_amax(x))
         assert sums.dtype == torch.int32
         assert (sums == -128 * 127 * 53248).all()

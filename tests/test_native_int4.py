@@ -83,9 +83,9 @@ def test_every_scheme_and_offset_gives_the_bits_of_the_reference(
 @pytest.mark.parametrize("grid", [Grid(4), Grid(4, 32), Grid(4, 128), Grid(8, 64)], ids=str)
 @pytest.mark.parametrize("name", SETS)
 def test_every_number_of_rows_gives_the_bits_of_the_reference(name, grid, dtype):
-    """Tiles of every size, widened weights that are kept, and several panels of rows."""
+    """Tiles of every size, widened weights that are kept, and several panels and rounds of rows."""
     weight = make_weight(grid, (70, 200, 40))
-    for num_rows in (*range(1, 14), 128):
+    for num_rows in (*range(1, 14), 128, 241):
         assert_same_bits(name, weight, num_rows, dtype)
 
 

@@ -25,7 +25,8 @@ from quant.weight import PackedWeight, QuantizedWeight
 
 # Rows of the products that are timed: one sequence's decode, a batch's, a prompt's.
 ROWS = (1, 8, 128)
-# 16 MiB of int8 each; together more than a last-level cache.
+# 16 MiB of int8 each; together more than a last-level cache. All that is timed is held at once: about
+# half a gigabyte.
 _SHAPE, _COPIES = (4096, 4096), 3
 _REPEATS: Mapping[int, int] = {1: 12, 8: 9, 128: 3}
 # A machine that is busy is not made busier: what is left then is timed once.
@@ -34,9 +35,9 @@ _BUDGET_S = 20.0
 Product = Callable[[Tensor], Tensor]
 # Milliseconds, by the number of rows.
 Times = dict[str, float]
-# A kernel, or none, and the label of a scheme or of the dtype of weights.
-Name = tuple[str, str]
-_UNQUANTIZED = ""
+# A kernel and the label of a scheme, or _UNQUANTIZED and the dtype of weights.
+Entry = tuple[str, str]
+_UNQUANTIZED = "unquantized"
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def survey() -> dict[str, Any]:
         for name in timed
         for label, scheme in _stand_ins(name).items()
     }
-    # Activations above are bfloat16, whose 16 bits are the usual case of W8A16.
+    # Above, activations are bfloat16, whose 16 bits are the usual case of W8A16.
     contestants |= {
         (_UNQUANTIZED, str(dtype).removeprefix("torch.")): Contestant(_float_products(dtype), dtype)
         for dtype in (torch.bfloat16, torch.float32)
@@ -85,7 +86,7 @@ def survey() -> dict[str, Any]:
     }
 
 
-def least_times(contestants: Mapping[Name, Contestant], budget_s: float) -> dict[Name, Times]:
+def least_times(contestants: Mapping[Entry, Contestant], budget_s: float) -> dict[Entry, Times]:
     """How fast each of them is, all of them in turn: what slows the machine for a while slows them all.
 
     The least time, not the median: other work on the machine must not decide. The weights of one
@@ -95,19 +96,20 @@ def least_times(contestants: Mapping[Name, Contestant], budget_s: float) -> dict
         budget_s: once it is spent, each number of rows that is left is timed once.
     """
     deadline = time.perf_counter() + budget_s
-    found: dict[Name, Times] = {name: {} for name in contestants}
+    found: dict[Entry, Times] = {entry: {} for entry in contestants}
     for rows in ROWS:
         inputs = {
-            name: torch.randn(rows, _SHAPE[1]).to(item.dtype) for name, item in contestants.items()
+            entry: torch.randn(rows, _SHAPE[1]).to(item.dtype)
+            for entry, item in contestants.items()
         }
-        for name, item in contestants.items():
-            item.products[0](inputs[name])
+        for entry, item in contestants.items():
+            item.products[0](inputs[entry])
         for turn in range(_REPEATS[rows]):
-            for name, item in contestants.items():
+            for entry, item in contestants.items():
                 start = time.perf_counter()
-                item.products[turn % len(item.products)](inputs[name])
+                item.products[turn % len(item.products)](inputs[entry])
                 ms = 1e3 * (time.perf_counter() - start)
-                found[name][str(rows)] = min(ms, found[name].get(str(rows), ms))
+                found[entry][str(rows)] = min(ms, found[entry].get(str(rows), ms))
             if time.perf_counter() > deadline:
                 break
     return found

@@ -78,7 +78,7 @@ int shardrun_attend(const attend_t *a) {
     void (*attend)(const float *, const run_t *, int64_t, int64_t, int64_t, float *) =
         attend_portable;
 #ifdef __x86_64__
-    if (a->set > 0) attend = attend_avx2;
+    if (a->set > PORTABLE) attend = attend_avx2;
 #endif
     int64_t B = a->B, K = a->K, G = a->G, C = a->C;
     int has_scales = a->cached == INT8 && !a->is_static;
@@ -141,7 +141,7 @@ int shardrun_write_int8(const write_int8_t *a) {
     float (*write)(const void *, int, int64_t, int64_t, const float *, int8_t *) =
         write_head_portable;
 #ifdef __x86_64__
-    if (a->set > 0) write = write_head_avx2;
+    if (a->set > PORTABLE) write = write_head_avx2;
 #endif
 #pragma omp parallel for schedule(static) if (a->T * a->H * a->C > 262144)
     for (int64_t task = 0; task < 2 * a->T * a->H; task++) {

@@ -39,7 +39,7 @@ int shardrun_bfloat16(const bfloat16_t *a) {
         const uint16_t *, int64_t, const float *, int64_t, int64_t, int64_t, float *, int64_t) =
         channels_portable;
 #ifdef __x86_64__
-    if (a->set > 0) multiply = channels_avx2;
+    if (a->set > PORTABLE) multiply = channels_avx2;
 #endif
     int64_t M = a->M, K = a->K, N = a->N, num_tiles = (N + TILE_CHANNELS - 1) / TILE_CHANNELS;
     float *x = a->work, *sums = a->out_type == FLOAT32 ? a->out : a->work + M * K;

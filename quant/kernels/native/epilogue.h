@@ -11,9 +11,16 @@
 #define BLOCK 32 /* output channels side by side */
 
 /* The sums of a panel of rows are what a thread holds at a time. All blocks of channels pass the rows of
-   a round before the next round comes, so that the integers of a long prompt come from a cache near by. */
+   a round before the next round comes, so that the integers of a long prompt come from a cache near by;
+   the rounds are even, as each reads all weights. */
 #define PANEL 48
-#define ROUND (4 * PANEL)
+#define MOST_PANELS 4 /* of a round */
+
+/* Rows of a round: whole panels. */
+static inline int64_t round_rows(int64_t M) {
+    int64_t panels = (M + PANEL - 1) / PANEL, rounds = (panels + MOST_PANELS - 1) / MOST_PANELS;
+    return rounds ? (panels + rounds - 1) / rounds * PANEL : PANEL;
+}
 
 typedef struct {
     const float *scale; /* [N], or NULL where the sums are scaled already */

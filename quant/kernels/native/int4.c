@@ -451,7 +451,8 @@ int shardrun_int4(const int4_t *a) {
     product_t p = {a, &SETS[a->set], columns, num_planes, num_groups, q, row_scale,
                    {a->scale, a->bias, a->bias_type, a->out, a->out_type, a->N}};
     row_functions_t f = row_functions(a->set, a->x_type);
-    int64_t num_blocks = (a->N + BLOCK - 1) / BLOCK, num_rounds = (a->M + ROUND - 1) / ROUND;
+    int64_t num_blocks = (a->N + BLOCK - 1) / BLOCK;
+    int64_t at_once = round_rows(a->M), num_rounds = (a->M + at_once - 1) / at_once;
 #pragma omp parallel if (a->N * a->K * a->M > 65536)
     {
 #pragma omp for schedule(static)
@@ -459,7 +460,7 @@ int shardrun_int4(const int4_t *a) {
 /* A core that others use too takes fewer blocks. */
 #pragma omp for schedule(dynamic, 4) nowait
         for (int64_t i = 0; i < num_rounds * num_blocks; i++) {
-            int64_t first = i / num_blocks * ROUND, end = a->M - first < ROUND ? a->M : first + ROUND;
+            int64_t first = i / num_blocks * at_once, end = a->M - first < at_once ? a->M : first + at_once;
             for (int64_t m = first; m < end; m += PANEL)
                 multiply(&p, i % num_blocks, m, end - m < PANEL ? end - m : PANEL);
         }

@@ -7,8 +7,8 @@
        packed[N / 32][K / width][32 channels][width columns]
 
    A register holds these columns of several channels; one instruction multiplies them by as many of an
-   activation and adds the products in int32: pairs of 16 bits everywhere, quads of 8 bits where the
-   processor has an instruction for them (int8_sets.h). So there is no horizontal sum, no saturation, and
+   activation and adds the products in int32: pairs of 16 bits, or quads of 8 bits (int8_sets.h says
+   which has these). So there is no horizontal sum, no saturation, and
    the weights are read once in one stream. The sums of CHUNK columns fit int32 and are added up in
    int64: the result is the same integer on every processor, in every order, at every
    number of threads.
@@ -164,7 +164,7 @@ static float quantize_row(
 }
 
 /* One row as integers of a static scale, which is returned; NaN where the row is damaged. Of 8 bits less
-   the zero point: within 255, so that the product has nothing to correct. */
+   the zero point: within 255. */
 static float quantize_static(
     row_functions_t f, const void *x, int64_t K, float scale, int64_t zero_point, int16_t *q) {
     int is_finite = f.clamp(x, K, scale, (int32_t)zero_point, q);
@@ -173,14 +173,14 @@ static float quantize_static(
     return is_finite ? scale : NAN;
 }
 
-/* A row of integers as bytes in its place, each `offset` more; zeros up to a whole quad. */
+/* A row of integers as bytes in its place, each `offset` more; integers of zero up to a whole quad. */
 static void to_bytes(int16_t *q, int64_t K, int16_t offset) {
     for (int64_t k = 0; k < K; k += 64) {
-        int16_t words[64] = {0};
+        int16_t wide[64] = {0};
         uint8_t bytes[64];
         int64_t count = K - k < 64 ? K - k : 64;
-        memcpy(words, q + k, 2 * count);
-        for (int i = 0; i < 64; i++) bytes[i] = (uint8_t)(words[i] + offset);
+        memcpy(wide, q + k, 2 * count);
+        for (int i = 0; i < 64; i++) bytes[i] = (uint8_t)(wide[i] + offset);
         memcpy((uint8_t *)q + k, bytes, (count + QUAD - 1) / QUAD * QUAD);
     }
 }
@@ -216,19 +216,19 @@ static void finish(
 /* One block of channels times some rows. */
 static void multiply(const product_t *p, int64_t block, int64_t m0, int64_t rows) {
     int64_t sums[2 * PANEL * BLOCK], count = num_words(p->K, p->width), most = CHUNK / p->width;
-    int64_t word_bytes = BLOCK * p->width;
+    int64_t line = BLOCK * p->width;
     const int8_t *weights = p->packed + block * block_bytes(p->K, p->width);
-    const int32_t *of_weights = p->width == QUAD ? (const int32_t *)(weights + word_bytes * count) : 0;
+    const int32_t *of_weights = p->width == QUAD ? (const int32_t *)(weights + line * count) : 0;
     memset(sums, 0, p->num_planes * rows * BLOCK * sizeof *sums);
     /* The planes of all rows lie behind one another and are multiplied as one. */
     int64_t at_once = rows == p->M ? p->num_planes : 1;
     for (int64_t k = 0; k < count; k += most) {
         int64_t words = count - k < most ? count - k : most;
-        const int8_t *w = weights + word_bytes * k;
+        const int8_t *w = weights + line * k;
         for (int64_t plane = 0; plane < p->num_planes; plane += at_once)
             p->block(
                 w, (const char *)(p->q + (plane * p->M + m0) * p->stride) + WORD * k, 2 * p->stride,
-                at_once * rows, words, sums + plane * rows * BLOCK, w + word_bytes * words);
+                at_once * rows, words, sums + plane * rows * BLOCK, w + line * words);
     }
     for (int64_t m = 0; m < rows; m++)
         finish(
@@ -274,7 +274,8 @@ int shardrun_linear(const linear_t *a) {
                    width, M, K, a->N, num_planes, stride, q, offset, row_scale, a->packed,
                    {a->scale, a->bias, a->bias_type, a->out, a->out_type, a->N}};
     row_functions_t f = row_functions(a->set, a->x_type);
-    int64_t size = a->x_type == FLOAT32 ? 4 : 2, num_blocks = (a->N + BLOCK - 1) / BLOCK, num_rounds = (M + ROUND - 1) / ROUND;
+    int64_t size = a->x_type == FLOAT32 ? 4 : 2, num_blocks = (a->N + BLOCK - 1) / BLOCK;
+    int64_t at_once = round_rows(M), num_rounds = (M + at_once - 1) / at_once;
 #pragma omp parallel if (a->N * K * M > 65536)
     {
 #pragma omp for schedule(static)
@@ -293,7 +294,7 @@ int shardrun_linear(const linear_t *a) {
 /* A core that others use too takes fewer blocks. */
 #pragma omp for schedule(dynamic, 4) nowait
         for (int64_t i = 0; i < num_rounds * num_blocks; i++) {
-            int64_t first = i / num_blocks * ROUND, end = M - first < ROUND ? M : first + ROUND;
+            int64_t first = i / num_blocks * at_once, end = M - first < at_once ? M : first + at_once;
             for (int64_t m = first; m < end; m += PANEL)
                 multiply(&p, i % num_blocks, m, end - m < PANEL ? end - m : PANEL);
         }

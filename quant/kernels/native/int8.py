@@ -37,9 +37,9 @@ class Int8NativeWeight(NativeWeight):
         width = library.shardrun_width(
             set_index, num_levels(torch.bfloat16, weight.activation_dtype)
         )
-        num_words = -(-in_features // width) + (width == _QUAD)
+        num_lines = -(-in_features // width) + (width == _QUAD)
         self.packed = torch.empty(
-            -(-out_features // BLOCK), num_words, BLOCK, width, dtype=torch.int8
+            -(-out_features // BLOCK), num_lines, BLOCK, width, dtype=torch.int8
         )
         pack = library.shardrun_pack_quads if width == _QUAD else library.shardrun_pack_pairs
         rows = ((pack, with_columns(part.values_NK)) for part in parts)

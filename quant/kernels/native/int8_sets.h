@@ -1,6 +1,7 @@
 /* The instruction sets that int8.c is compiled for, and the tiles of each: pairs of columns of 16 bits,
-   and quads of 8 bits where one instruction multiplies those (VNNI). The portable one has both, so that
-   any processor can test quads. */
+   and quads of 8 bits where one instruction multiplies those and does not saturate (VNNI; AVX2's
+   vpmaddubsw does). The portable set, any little-endian processor's, has both, so that all can test
+   quads. */
 
 #ifndef SHARDRUN_INT8_SETS_H
 #define SHARDRUN_INT8_SETS_H
@@ -15,7 +16,7 @@
 #include "epilogue.h"
 #include "types.h"
 
-#define WORD 4    /* bytes of activations that are multiplied at once: a pair or a quad */
+#define WORD 4    /* bytes of activations that are multiplied at once: a pair of 16 bits, a quad of 8 */
 #define PAIR 2
 #define QUAD 4
 #define ROWS 6    /* most rows of a tile: 12 sums, 2 weights, an activation, a product: 16 registers */
@@ -71,7 +72,7 @@ ALWAYS v8i dot_quads(v8i s, quads_t w, quads_t x) {
 ALWAYS void add_lanes(int64_t *p, v8i sums) {
     for (int i = 0; i < 8; i++) p[i] += sums[i];
 }
-static int works_portable(void) { return 1; }
+static int works_portable(void) { return __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__; }
 
 #define TARGET
 #define LANES 8
@@ -159,7 +160,6 @@ static int works_avxvnni(void) { return 0; }
 #define block_pairs_avxvnni 0
 #define block_quads_avxvnni 0
 #endif
-#define TARGET
 #include "end_tile.h"
 
 /* ---- AVX-512 with VNNI ---- */
@@ -204,7 +204,7 @@ static int works_avx512vnni(void) {
 static const struct {
     const char *name;
     int (*works)(void);
-    block_t pairs, quads; /* quads: NULL where pairs are as good */
+    block_t pairs, quads; /* quads: NULL where no instruction multiplies them */
 } SETS[] = {
     [PORTABLE] = {"portable", works_portable, block_pairs_portable, block_quads_portable},
 #ifdef __x86_64__

@@ -19,7 +19,7 @@
 void shardrun_pack_pairs(
     const int8_t *src, int64_t stride, int64_t N, int64_t K, int8_t *packed, int64_t first);
 
-/* The same into packed[][ceil(K / 4) + 1][32][4]; the last of a block are the sums of its channels, int32. */
+/* The same into packed[][ceil(K / 4) + 1][32][4]; the last of a block: the sums of its channels, int32. */
 void shardrun_pack_quads(
     const int8_t *src, int64_t stride, int64_t N, int64_t K, int8_t *packed, int64_t first);
 

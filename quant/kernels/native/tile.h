@@ -18,12 +18,12 @@
      ADD_TO(p, s)    add the sums to the int64 at p
      KEEP(a, b)      finish these sums before the next load
 
-   int16 x int16 -> int32 pairs (pmaddwd, vpdpwssd, smlal) and uint8 x int8 -> int32 quads (vpdpbusd) never
-   saturate within CHUNK columns. */
+   int16 x int16 -> int32 pairs (pmaddwd, vpdpwssd, smlal) and uint8 x int8 -> int32 quads (vpdpbusd)
+   never saturate within CHUNK columns. */
 
 #define NUM_V (BLOCK / LANES)
 #define V_BYTES (WIDTH * LANES)
-#define WORD_BYTES (WIDTH * BLOCK)
+#define LINE (WIDTH * BLOCK) /* bytes of the words of all channels */
 
 /* Two registers of channels, `rows` rows: 2 * rows sums stay in registers. */
 TARGET static inline __attribute__((always_inline)) void NAME(tile)(
@@ -33,8 +33,9 @@ TARGET static inline __attribute__((always_inline)) void NAME(tile)(
     for (int m = 0; m < rows; m++) low[m] = high[m] = ZERO();
     for (int64_t k = 0; k < num_words; k++) {
         __builtin_prefetch(ahead + k * ahead_step, 0, 3);
-        if (WORD_BYTES > 64) __builtin_prefetch(ahead + k * ahead_step + ahead_step / 2, 0, 3);
-        W w_low = LOAD_W(w + WORD_BYTES * k), w_high = LOAD_W(w + WORD_BYTES * k + V_BYTES);
+        if (LINE > 64 && NUM_V == 2) /* a lone tile fetches two cache lines */
+            __builtin_prefetch(ahead + k * ahead_step + ahead_step / 2, 0, 3);
+        W w_low = LOAD_W(w + LINE * k), w_high = LOAD_W(w + LINE * k + V_BYTES);
         for (int m = 0; m < rows; m++) {
             W word = LOAD_X(x + m * x_stride + WORD * k);
             low[m] = DOT(low[m], w_low, word);
@@ -56,10 +57,10 @@ TARGET static inline __attribute__((always_inline)) void NAME(row)(
     for (int v = 0; v < NUM_V; v++) sum[v] = ZERO();
     for (int64_t k = 0; k < num_words; k++) {
         W word = LOAD_X(x + WORD * k);
-        for (int line = 0; line < WORD_BYTES; line += 64)
-            __builtin_prefetch(w + WORD_BYTES * k + AHEAD + line, 0, 3);
+        for (int at = 0; at < LINE; at += 64)
+            __builtin_prefetch(w + LINE * k + AHEAD + at, 0, 3);
         for (int v = 0; v < NUM_V; v++)
-            sum[v] = DOT(sum[v], LOAD_W(w + WORD_BYTES * k + V_BYTES * v), word);
+            sum[v] = DOT(sum[v], LOAD_W(w + LINE * k + V_BYTES * v), word);
     }
     for (int v = 0; v < NUM_V; v++) ADD_TO(sums + LANES * v, sum[v]);
 }
@@ -72,7 +73,7 @@ TARGET static void NAME(block)(
         return;
     }
     /* Each tile fetches its share of the weights that come next, so that memory never waits. */
-    int64_t num_tiles = (num_rows + ROWS - 1) / ROWS * (NUM_V / 2), step = WORD_BYTES / num_tiles;
+    int64_t num_tiles = (num_rows + ROWS - 1) / ROWS * (NUM_V / 2), step = LINE / num_tiles;
     for (int64_t m = 0; m < num_rows;) {
         /* 8 rows are two tiles of 4, not 6 and 2: even tiles hide the loads of the weights. */
         int64_t left = num_rows - m, rows = left <= ROWS ? left : left < 2 * ROWS ? (left + 1) / 2 : ROWS;
@@ -96,7 +97,7 @@ TARGET static void NAME(block)(
 
 #undef NUM_V
 #undef V_BYTES
-#undef WORD_BYTES
+#undef LINE
 #undef NAME
 #undef WIDTH
 #undef W

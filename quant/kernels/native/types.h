@@ -1,4 +1,4 @@
-/* What the products share: the types of tensors, and bfloat16. */
+/* What the C files share: instruction sets, the types of tensors, and bfloat16. */
 
 #ifndef SHARDRUN_TYPES_H
 #define SHARDRUN_TYPES_H
@@ -12,8 +12,12 @@ enum { FLOAT32 = 0, BFLOAT16 = 1, INT32 = 2, INT64 = 3, INT8 = 4, FLOAT16 = 5 };
    AVX2 with FMA, which all above it have. */
 enum { PORTABLE, AVX2, AVXVNNI, AVX512VNNI };
 
-/* Whether the compiler knows of it; clang calls itself GNU C 4. */
+/* Whether the compiler knows of it: clang calls itself GNU C 4, Apple numbers its own. */
+#ifdef __apple_build_version__
+#define HAS_AVXVNNI (__clang_major__ >= 13)
+#else
 #define HAS_AVXVNNI (__GNUC__ >= 11 || __clang_major__ >= 12)
+#endif
 
 #define SMALL 4096 /* elements that are not worth a second thread where each is touched once */
 
