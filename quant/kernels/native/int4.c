@@ -18,13 +18,11 @@
 
 #include <stdint.h>
 #include <string.h>
-#ifdef __x86_64__
-#include <immintrin.h>
-#endif
 
 #include "epilogue.h"
 #include "pack.h"
 #include "rows.h"
+#include "vector_types.h"
 
 #define ROWS 6      /* most rows of a tile, as in int8.c */
 #define STEP 512    /* most columns at a time, whose sum fits int32: 16 KB of a part widened */
@@ -76,26 +74,16 @@ typedef struct {
 #define NAME(x) x##_portable
 #define TARGET
 #define LANES 8
-typedef int32_t v8i __attribute__((vector_size(32)));
-typedef struct { v8i even, odd; } pairs_t;
-#define ALWAYS static inline __attribute__((always_inline))
-ALWAYS v8i load_words(const uint8_t *p) {
+INLINE v8i load_words(const uint8_t *p) {
     v8i words;
     memcpy(&words, p, sizeof words);
     return words;
 }
-typedef int16_t v8s __attribute__((vector_size(16)));
-ALWAYS pairs_t load_bytes(const uint8_t *p) {
-    v8s pairs;
-    memcpy(&pairs, p, sizeof pairs);
-    return (pairs_t){
-        __builtin_convertvector(pairs << 8 >> 8, v8i), __builtin_convertvector(pairs >> 8, v8i)};
-}
-ALWAYS pairs_t load_pairs(const int16_t *p) {
+INLINE pairs_t load_pairs(const int16_t *p) {
     v8i words = load_words((const uint8_t *)p);
     return (pairs_t){words << 16 >> 16, words >> 16};
 }
-ALWAYS void store_pairs(int16_t *p, pairs_t w) {
+INLINE void store_pairs(int16_t *p, pairs_t w) {
     v8i words = (w.even & 0xffff) | w.odd << 16;
     memcpy(p, &words, sizeof words);
 }
@@ -105,20 +93,19 @@ ALWAYS void store_pairs(int16_t *p, pairs_t w) {
 #define ZERO() ((v8i){})
 #define LOAD_NIBBLES(p) load_words(p)
 #define NIBBLES(v, i) ((pairs_t){(v) << (28 - 4 * (i)) >> 28, (v) << (12 - 4 * (i)) >> 28})
-#define LOAD_BYTES(p) load_bytes(p)
+#define LOAD_BYTES(p) load_byte_pairs(p)
 #define LOAD_W(p) load_pairs(p)
 #define STORE_W(p, w) store_pairs(p, w)
 #define LOAD_X(p) ((pairs_t){(v8i){} + (p)[0], (v8i){} + (p)[1]})
 #define DOT(s, w, x) dot_pairs(s, w, x)
-ALWAYS v8i dot_pairs(v8i s, pairs_t w, pairs_t x) { return s + w.even * x.even + w.odd * x.odd; }
+INLINE v8i dot_pairs(v8i s, pairs_t w, pairs_t x) { return s + w.even * x.even + w.odd * x.odd; }
 #define STORE_V(p, s) memcpy(p, &(s), sizeof(v8i))
-typedef float v8f __attribute__((vector_size(32)));
-ALWAYS v8f load_floats(const float *p) {
+INLINE v8f load_floats(const float *p) {
     v8f values;
     memcpy(&values, p, sizeof values);
     return values;
 }
-ALWAYS void add_scaled(float *p, v8i sums, v8f scale) {
+INLINE void add_scaled(float *p, v8i sums, v8f scale) {
     v8f values = load_floats(p) + __builtin_convertvector(sums, v8f) * scale;
     memcpy(p, &values, sizeof values);
 }
@@ -131,7 +118,7 @@ ALWAYS void add_scaled(float *p, v8i sums, v8f scale) {
 
 #ifdef __x86_64__
 
-ALWAYS int32_t load_pair(const int16_t *p) {
+INLINE int32_t load_pair(const int16_t *p) {
     int32_t pair;
     memcpy(&pair, p, sizeof pair);
     return pair;
@@ -219,7 +206,7 @@ void shardrun_pack_int4(
    changes places. */
 typedef uint32_t v4u __attribute__((vector_size(16)));
 #define EVEN_FIRST(type)                                                                          \
-    ALWAYS type even_first_##type(type x) {                                                       \
+    INLINE type even_first_##type(type x) {                                                       \
         type t = (x ^ (x >> 4)) & 0x00f000f0u;                                                    \
         x ^= t ^ (t << 4);                                                                        \
         t = (x ^ (x >> 8)) & 0x0000ff00u;                                                         \

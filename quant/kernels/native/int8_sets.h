@@ -10,17 +10,16 @@
 #include <string.h>
 #ifdef __x86_64__
 #include <cpuid.h>
-#include <immintrin.h>
 #endif
 
 #include "epilogue.h"
-#include "types.h"
+#include "vector_types.h"
 
-#define WORD 4    /* bytes of activations that are multiplied at once: a pair of 16 bits, a quad of 8 */
+#define WORD 4     /* bytes of activations that are multiplied at once: a pair of 16 bits, a quad of 8 */
 #define PAIR 2
 #define QUAD 4
-#define ROWS 6    /* most rows of a tile: 12 sums, 2 weights, an activation, a product: 16 registers */
-#define CHUNK 512 /* columns whose sum fits int32: 512 * 32258 * 128 < 2^31; 16 KB of weights */
+#define ROWS 6     /* most rows of a tile: 12 sums, 2 weights, an activation, a product: 16 registers */
+#define CHUNK 512  /* columns whose sum fits int32: 512 * 32258 * 128 < 2^31; 16 KB of weights */
 #define AHEAD 2048 /* bytes of weights that one row's product fetches ahead */
 
 /* The weights of some columns of a block, `num_words` words of each channel; as many of each row's
@@ -37,39 +36,29 @@ static inline int32_t load_word(const char *p) {
 
 /* ---- portable ---- */
 
-typedef int32_t v8i __attribute__((vector_size(32)));
-typedef struct { v8i even, odd; } pairs_t;
-#define ALWAYS static inline __attribute__((always_inline))
-typedef int16_t v8s __attribute__((vector_size(16)));
-ALWAYS pairs_t load_pairs(const int8_t *p) {
-    v8s pairs;
-    memcpy(&pairs, p, sizeof pairs);
-    return (pairs_t){
-        __builtin_convertvector(pairs << 8 >> 8, v8i), __builtin_convertvector(pairs >> 8, v8i)};
-}
-ALWAYS pairs_t repeat_pair(const char *p) {
+INLINE pairs_t repeat_pair(const char *p) {
     int16_t pair[2];
     memcpy(pair, p, sizeof pair);
     return (pairs_t){(v8i){} + pair[0], (v8i){} + pair[1]};
 }
 typedef struct { v8i column[QUAD]; } quads_t;
-ALWAYS quads_t load_quads(const int8_t *p) {
+INLINE quads_t load_quads(const int8_t *p) {
     v8i words;
     quads_t w;
     memcpy(&words, p, sizeof words);
     for (int i = 0; i < QUAD; i++) w.column[i] = words << (24 - 8 * i) >> 24;
     return w;
 }
-ALWAYS quads_t repeat_quad(const char *p) {
+INLINE quads_t repeat_quad(const char *p) {
     quads_t x;
     for (int i = 0; i < QUAD; i++) x.column[i] = (v8i){} + (uint8_t)p[i];
     return x;
 }
-ALWAYS v8i dot_quads(v8i s, quads_t w, quads_t x) {
+INLINE v8i dot_quads(v8i s, quads_t w, quads_t x) {
     for (int i = 0; i < QUAD; i++) s += w.column[i] * x.column[i];
     return s;
 }
-ALWAYS void add_lanes(int64_t *p, v8i sums) {
+INLINE void add_lanes(int64_t *p, v8i sums) {
     for (int i = 0; i < 8; i++) p[i] += sums[i];
 }
 static int works_portable(void) { return __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__; }
@@ -84,7 +73,7 @@ static int works_portable(void) { return __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN
 #define NAME(x) x##_pairs_portable
 #define WIDTH PAIR
 #define W pairs_t
-#define LOAD_W(p) load_pairs(p)
+#define LOAD_W(p) load_byte_pairs(p)
 #define LOAD_X(p) repeat_pair(p)
 #define DOT(s, w, x) ((s) + (w).even * (x).even + (w).odd * (x).odd)
 #include "tile.h"

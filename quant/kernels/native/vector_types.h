@@ -17,8 +17,18 @@ typedef int32_t v8i __attribute__((vector_size(32)));
 typedef uint16_t v8h __attribute__((vector_size(16)));
 typedef uint32_t v8u __attribute__((vector_size(32)));
 typedef int8_t v8b __attribute__((vector_size(8)));
+typedef int16_t v8s __attribute__((vector_size(16)));
+typedef struct { v8i even, odd; } pairs_t;
 
 #define INLINE static inline __attribute__((always_inline))
+
+/* Eight pairs of bytes; little-endian. */
+INLINE pairs_t load_byte_pairs(const void *p) {
+    v8s pairs;
+    memcpy(&pairs, p, sizeof pairs);
+    return (pairs_t){
+        __builtin_convertvector(pairs << 8 >> 8, v8i), __builtin_convertvector(pairs >> 8, v8i)};
+}
 
 #define TARGET_portable
 INLINE v8f widened_portable(const uint16_t *p) {
