@@ -101,6 +101,13 @@ def test_wrong_shapes_are_caught_before_the_c_code():
         packed.linear(torch.randn(1, 64), torch.zeros(31), torch.float32)
 
 
+def test_big_endian_processors_have_no_c(monkeypatch):
+    """Its words are little-endian: elsewhere it would multiply other columns."""
+    monkeypatch.setattr(sys, "byteorder", "big")
+    with pytest.raises(OSError, match="little-endian"):
+        calls.open_library.__wrapped__()
+
+
 def test_saturating_path_is_dropped():
     class Saturating(ReferenceKernel):
         """Pairs of products clamped to 16 bits, as oneDNN computes them without VNNI."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,8 @@ def open_library() -> ctypes.CDLL:
     Raises:
         OSError: it is not there, or needs what this machine lacks.
     """
+    if sys.byteorder != "little":
+        raise OSError("it is written for little-endian processors")
     path = find_compiled(Path(__file__).parent, "_native")
     if path is None:
         raise OSError("not compiled: there was no C compiler when shardrun was installed")
