@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quant.errors import QuantError
 from quant.kernels.native import rounding as native
 from quant.numeric import Grid
 
@@ -26,8 +27,11 @@ def weight_scale(weight_NK: Tensor, grid: Grid, scale_dtype: torch.dtype) -> Ten
         scale_dtype: the dtype the scale is stored in; the checkpoint's own.
 
     Returns:
-        [N, G] in `scale_dtype`, positive and finite. An all-zero group gets 1, and a scale that
-        `scale_dtype` would round to zero becomes its smallest positive value.
+        [N, G] in `scale_dtype`, positive and finite, and no group lies more than a step beyond the
+        grid: see `_scale`. An all-zero group gets 1.
+
+    Raises:
+        QuantError: a scale is larger than `scale_dtype` holds.
     """
     return _scale(group_amax(weight_NK, _group_width(grid, weight_NK.shape[1])), grid, scale_dtype)
 
@@ -51,6 +55,7 @@ def quantize(
 
     Raises:
         ValueError: the weight holds an infinity or a NaN.
+        QuantError: a scale is larger than `scale_dtype` holds.
     """
     num_rows, num_columns = weight_NK.shape
     size = _group_width(grid, num_columns)
@@ -123,9 +128,22 @@ def _scale(amax_NG: Tensor, grid: Grid, scale_dtype: torch.dtype) -> Tensor:
     # Divided, not multiplied by a rounded 2 / steps: then -M stands halfway between two integers, as
     # it does in compressed-tensors, and the largest values of all groups do not all shrink.
     scale_NG = (amax_NG / (grid.steps / 2)).to(scale_dtype)
+    # A scale that is a normal number is so exact that no value lies more than a step beyond the grid. A
+    # subnormal one has few bits: rounded down it can lose a third or all of itself, and the largest
+    # values would be clipped. There the next number is taken, which is large enough for the group.
+    is_short = scale_NG.float() * -grid.lowest < amax_NG
     limits = torch.finfo(scale_dtype)
-    scale_NG = scale_NG.clamp(min=limits.smallest_normal * limits.eps)
+    scale_NG = torch.where(is_short, scale_NG + limits.smallest_normal * limits.eps, scale_NG)
+    if scale_NG.isinf().any():
+        raise QuantError(
+            f"`quant` needs a scale for weights of up to {amax_NG.max():.3g} that {_name(scale_dtype)}, "
+            "the checkpoint's dtype, cannot hold; save the checkpoint in bfloat16."
+        )
     return torch.where(amax_NG == 0, torch.ones_like(scale_NG), scale_NG)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _check_finite(found: Tensor) -> None:

@@ -52,8 +52,8 @@ def fold(layer: Layer, name: str, scale_K: Tensor) -> None:
     """Divide an input of the layer by scale, in the step before it, and undo it in its products.
 
     A norm's weight is rounded to its stored dtype; the products are multiplied by what it was in
-    fact divided by, so that this rounding costs nothing. The biases of v_proj and up_proj are
-    divided with their rows.
+    fact divided by, so that this rounding costs nothing. A channel that would become zero or infinite
+    there is left as it is. The biases of v_proj and up_proj are divided with their rows.
 
     Args:
         name: one of INPUTS.
@@ -74,10 +74,12 @@ def _divide_norm(layer: Layer, source: str, scale_K: Tensor) -> Tensor:
     """The scale that the rounded norm was divided by in fact."""
     norm_K = layer.norms[source]
     divided_K = (norm_K.float() / scale_K).to(norm_K.dtype)
+    is_lost = (divided_K == 0) | divided_K.isinf()
+    divided_K = torch.where(is_lost, norm_K, divided_K)
     layer.norms[source] = divided_K
     layer.changed.add(f"{source}.weight")
-    is_exact = (divided_K != 0) & divided_K.isfinite()
-    return torch.where(is_exact, norm_K.float() / divided_K.float(), scale_K)
+    # A channel whose norm is zero is zero, whatever divides it.
+    return torch.where(norm_K == 0, scale_K, norm_K.float() / divided_K.float())
 
 
 def _divide_rows(layer: Layer, source: str, scale_N: Tensor) -> None:

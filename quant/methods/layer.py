@@ -167,9 +167,12 @@ class Layer:
 
 
 def input_scale(amax: Tensor) -> Tensor:
-    """The float32 scale of static int8 activations, keys or values: `amax / 127`, 1 where amax is 0."""
+    """The float32 scale of static int8 activations, keys or values: `amax / 127`, 1 where amax is 0.
+
+    It is a normal number: a subnormal one could be rounded down so far that it clips.
+    """
     scale = amax.float() / torch.full_like(amax, LEVELS_INT8, dtype=torch.float32)
-    return torch.where(scale > 0, scale, 1.0)
+    return torch.where(amax > 0, scale.clamp(min=torch.finfo(torch.float32).tiny), 1.0)
 
 
 def blocks(num_rows: int) -> list[slice]:
