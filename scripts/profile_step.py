@@ -40,6 +40,7 @@ from parallel.generation.sampling import Sampling, prompt_generator
 from parallel.group import Group, LoneGroup, SimulatedGroup
 from parallel.load import LoadTimings, load_decoder
 from parallel.model.captured import CapturedLayers
+from parallel.model.windows import positions_seen
 from quant.kernels.choice import KERNELS, open_kernel
 from quant.kernels.native.recording import Program
 from quant.kernels.native.weight import NativeWeight
@@ -384,10 +385,8 @@ def step_bytes(run: Run, decoder: model.Decoder, kind: str) -> Counter[str]:
     for name, weight in products(decoder):
         found[name] += weight.nbytes
     entry = CACHES[kind].kv_bytes(decoder.config.head_dim, decoder.dtype.itemsize)
-    positions = run.prompt + (run.tokens + 1) / 2
-    found["attention"] = int(
-        run.batch * positions * 2 * decoder.num_local_kv_heads * entry * run.layers
-    )
+    seen = positions_seen(decoder.config.windows, run.prompt, run.prompt + run.tokens) / run.tokens
+    found["attention"] = int(run.batch * seen * 2 * decoder.num_local_kv_heads * entry)
     return found
 
 

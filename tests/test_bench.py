@@ -19,6 +19,7 @@ from launcher.tasks.bench.case import Runner
 from launcher.tasks.bench.record import Host, Measured, make_record
 from launcher.tasks.bench.simulate import CollectiveCost
 from launcher.tasks.bench.work import Case, Work, decode_work, prefill_work
+from parallel.checkpoint.memory import Memory
 from parallel.checkpoint.open import open_checkpoint, open_random
 from parallel.group import LoneGroup
 from quant.scheme import QuantScheme
@@ -189,7 +190,8 @@ SHAPE = {
     "num_key_value_heads": 2, "torch_dtype": "bfloat16",
 }  # fmt: skip
 LINEARS = 16 * 32 * 2 + 16 * 16 * 2 + 16 * 24 * 3  # q and o, k and v, the FFN
-SCALES = 32 + 16 + 16 + 16 + 24 + 24 + 16
+# As C packs them, in blocks of 32 channels, with float32 scales: q k v, o, gate up, down.
+PACKED = 64 * 16 + 32 * 32 + 64 * 16 + 32 * 24 + 4 * (64 + 16 + 48 + 16)
 CASE = Case(batch_size=2, prompt_length=5, new_tokens=2, chunk=4)
 
 
@@ -197,16 +199,16 @@ CASE = Case(batch_size=2, prompt_length=5, new_tokens=2, chunk=4)
 @pytest.mark.parametrize("scheme", [QuantScheme(), RTN], ids=["none", "w8a16"])
 def test_decode_reads_every_weight_but_the_embedding_and_the_cache_once_a_step(scheme, is_tied):
     shape = {**SHAPE, "tie_word_embeddings": is_tied}
-    layout = open_random(shape, scheme, seed=0).layout(scheme)
-    weights = 3 * (LINEARS + 2 * SCALES if scheme is RTN else 2 * LINEARS)
+    memory = Memory(open_random(shape, scheme, seed=0).layout(scheme), "bfloat16")
+    weights = 3 * (PACKED if scheme is RTN else 2 * LINEARS)
     weights += 2 * (16 * 7 + 40 * 16)  # norms and lm_head
     cached = 2 * (6 + 7) * (2 * 3 * 2 * 8) * 2  # sequences, positions, numbers of each, bytes
-    found = decode_work(layout, CASE, [0], 1, "bfloat16")
+    found = decode_work(memory, CASE, [0], 1)
     assert found.num_bytes == 2 * weights + cached
     assert found.tokens == 4
     attention = 2 * (6 + 7) * 4 * 3 * 4 * 8
     assert found.operations == 4 * 2 * (3 * LINEARS + 40 * 16) + attention
-    prefill = prefill_work(layout, CASE, [0], 1, "bfloat16")
+    prefill = prefill_work(memory, CASE, [0], 1)
     assert prefill.num_bytes == 3 * weights  # ten tokens in chunks of four
     assert prefill.operations == 2 * (30 * LINEARS + 2 * 40 * 16) + 2 * 15 * 4 * 3 * 4 * 8
 

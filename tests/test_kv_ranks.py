@@ -15,6 +15,7 @@ from launcher.resolve import DEMO
 from launcher.tasks.bench.work import Case, decode_work
 from launcher.text import open_tokenizer
 from parallel.checkpoint.layout_checks import check_calibrated
+from parallel.checkpoint.memory import Memory
 from parallel.checkpoint.open import open_checkpoint, open_random
 from parallel.checkpoint.plan import Workload, plan_rank
 from parallel.checkpoint.readers.prepared import PreparedSource
@@ -292,8 +293,8 @@ def test_bench_counts_a_byte_a_number_and_the_scales():
     case = Case(batch_size=2, prompt_length=5, new_tokens=1, chunk=64)
     work = {}
     for scheme in (QuantScheme(), C8):
-        layout = open_checkpoint(DEMO).layout(scheme)
-        work[scheme.label] = decode_work(layout, case, range(2), 2, "bfloat16").num_bytes
+        memory = Memory(open_checkpoint(DEMO).layout(scheme), "bfloat16")
+        work[scheme.label] = decode_work(memory, case, range(2), 2).num_bytes
     config = open_checkpoint(DEMO).config
     entries = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * 6
     assert work["none"] - work["c8"] == entries * (config.head_dim - 4)

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from quant.activations import row_amax
-from quant.kernels import has_product, make_ready
+from quant.kernels import make_ready
 from quant.kernels.native import NativeKernel, calls
 from quant.kernels.native.int4 import GroupedNativeWeight
 from quant.kernels.onednn import OneDnnKernel
 from quant.kernels.reference import ReferenceKernel
 from quant.linear import linear
 from quant.numeric import Grid
+from quant.packing import has_product
 from quant.weight import QuantizedWeight
 
 SETS = list(calls.instruction_sets()) if calls.is_available() else []

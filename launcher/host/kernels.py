@@ -12,7 +12,9 @@ from typing import Any
 from launcher.failures import ConfigError
 from launcher.host.gpus import count_gpus
 from launcher.host.kernel_survey import KERNELS, survey
+from launcher.host.processor import takes_quads
 from launcher.schema import Config
+from quant.packing import Packing
 
 AUTO = "auto"
 NAMES = (AUTO, *KERNELS)
@@ -54,6 +56,16 @@ def choose_kernel(config: Config, labels: Sequence[str]) -> tuple[Config, tuple[
         config = replace(config, kernel=fastest(found, *labels))
     _check_used(config.kernel, found, labels)
     return config, _notes(config.kernel, found, labels)
+
+
+def packing_of(config: Config) -> Packing:
+    """How the kernel of a job packs weights; where it is not chosen yet (`plan`), as C does it."""
+    kernel = config.kernel
+    if config.device == "cuda":
+        kernel = "reference"
+    elif kernel == AUTO:
+        kernel = "native"
+    return Packing(kernel, takes_quads())
 
 
 def _check_unused(key: str, value: object, default: object) -> None:

@@ -8,9 +8,11 @@ from typing import Any
 from tqdm import tqdm
 
 from launcher.host.device import resolve_dtype
+from launcher.host.kernels import packing_of
 from launcher.job import Prompt
 from launcher.progress import open_bar
 from launcher.ranks.rank import Rank
+from parallel.checkpoint.memory import Memory
 from parallel.checkpoint.open import Checkpoint
 from parallel.group import Group
 from parallel.load import LoadTimings, load_decoder
@@ -42,7 +44,8 @@ def open_decoder(
         scheme or config.quant.scheme(), vocab_emb_dp=config.parallel.vocab_emb_dp
     )
     dtype = resolve_dtype(config.dtype, checkpoint.config.dtype, rank.device)
-    with _loading_bar(rank, layout.rank_bytes(group.rank, group.size)) as bar:
+    memory = Memory(layout, str(dtype).removeprefix("torch."), packing_of(config))
+    with _loading_bar(rank, memory.weight_bytes(group.rank, group.size)) as bar:
         return load_decoder(
             layout,
             checkpoint.source,

@@ -7,15 +7,15 @@ to load. Needs no torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from parallel.checkpoint.source import DTYPE_BYTES
 from parallel.errors import ModelError
 from parallel.model.config import ModelConfig
-from parallel.model.parameters import check_fused
+from parallel.model.parameters import Parameter, check_fused, parameters
 from parallel.model.placements import (
     EMBEDDING,
     HEAD,
@@ -27,6 +27,8 @@ from parallel.model.placements import (
 from parallel.placement import Index, Shape, Split, index_shape
 from quant.errors import QuantError
 from quant.scheme import LinearScheme, QuantScheme
+
+T = TypeVar("T")
 
 SCALE_SUFFIX = "_scale"
 # What compressed-tensors calls the scale of static activations: `<module>.input_scale`.
@@ -113,13 +115,18 @@ class Layout:
         What a rank holds of a tensor depends on shapes and placements, not on names; the embedding
         and lm_head are kinds of their own.
         """
-        found: dict[Any, tuple[StoredTensor, int]] = {}
-        for tensor in self.tensors:
-            name = tensor.row.name if tensor.row.name in (EMBEDDING, HEAD) else ""
-            key = replace(tensor, name="", row=replace(tensor.row, name=name))
-            first, count = found.get(key, (tensor, 0))
-            found[key] = first, count + 1
-        return tuple(found.values())
+        return _kinds(self.tensors, _kind)
+
+    @cached_property
+    def parameter_kinds(self) -> tuple[tuple[Parameter, int], ...]:
+        """Likewise of what a rank holds in memory, where schemes differ in how they are packed too."""
+
+        def key(parameter: Parameter) -> Any:
+            names = [row.name for row in parameter.rows]
+            kinds = (_kind(part) for name in names for part in self.parts[name])
+            return self.schemes.get(names[0]), *kinds
+
+        return _kinds(parameters(self.table), key)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -216,6 +223,22 @@ def make_layout(
         for row in table.values()
     }
     return Layout(config, scheme, vocab_emb_dp, table, schemes, parts)
+
+
+def _kinds(items: Iterable[T], key_of: Callable[[T], Any]) -> tuple[tuple[T, int], ...]:
+    """The first of each kind, and how many there are."""
+    found: dict[Any, tuple[T, int]] = {}
+    for item in items:
+        key = key_of(item)
+        first, count = found.get(key, (item, 0))
+        found[key] = first, count + 1
+    return tuple(found.values())
+
+
+def _kind(tensor: StoredTensor) -> StoredTensor:
+    """The tensor without what tells it from those that are alike."""
+    name = tensor.row.name if tensor.row.name in (EMBEDDING, HEAD) else ""
+    return replace(tensor, name="", row=replace(tensor.row, name=name))
 
 
 def _stored(

@@ -6,10 +6,13 @@ import math
 from dataclasses import dataclass
 
 from parallel.checkpoint.layout import Layout
+from parallel.checkpoint.memory import Memory
 from parallel.checkpoint.source import DTYPE_BYTES
 from parallel.errors import ModelError
-from parallel.model.placements import EMBEDDING, HEAD
+from parallel.model.placements import HEAD
+from parallel.model.windows import positions_seen
 from parallel.placement import index_shape
+from quant.packing import Packing
 
 
 @dataclass(frozen=True)
@@ -20,8 +23,8 @@ class RankPlan:
         linear_bytes, embedding_bytes, other_bytes: weights by kind; lm_head is an embedding here.
         kv_cache_bytes: for the batch and length of the plan.
         temporary_bytes: the largest temporaries of a prefill step.
-        read_bytes: what one decode step reads: the weights but the embedding's other rows, and
-            the KV cache at half its length.
+        read_bytes: what a decode step reads: the weights but the embedding's other rows, and of the KV
+            cache what the queries see, on average over the plan's length: half of it, or windows.
     """
 
     tp: int
@@ -51,12 +54,14 @@ class Workload:
 
     Attributes:
         dtype: the compute dtype: of the KV cache, the temporaries, and weights left unquantized.
+        packing: of the quantized weights.
     """
 
     batch_size: int
     max_length: int
     prefill_chunk: int
     dtype: str
+    packing: Packing = Packing()
 
 
 def plan_rank(layout: Layout, tp: int, workload: Workload) -> RankPlan:
@@ -66,39 +71,35 @@ def plan_rank(layout: Layout, tp: int, workload: Workload) -> RankPlan:
         ModelError: the heads cannot be dealt out to `tp` ranks.
     """
     layout.check_tp(tp)
-    rank = max(range(tp), key=lambda rank: layout.rank_bytes(rank, tp, workload.dtype))
-    linear, embedding, other = _weights_by_kind(layout, rank, tp, workload.dtype)
-    kv_cache = kv_cache_bytes(layout, tp, workload)
-    embedding_rows = _bytes_of(layout, EMBEDDING, rank, tp, workload.dtype)
-    # A tied embedding is read whole, as lm_head; an untied one only at the token's row.
-    head_rows = (
-        0 if HEAD in layout.table else _bytes_of(layout, EMBEDDING, 0, 1, workload.dtype) // tp
-    )
-    unread = max(0, embedding_rows - head_rows)
+    memory = Memory(layout, workload.dtype, workload.packing)
+    rank = max(range(tp), key=lambda rank: memory.weight_bytes(rank, tp))
+    linear, embedding, other = memory.bytes_by_kind(rank, tp)
+    seen = positions_seen(layout.config.windows, 0, workload.max_length)
+    cached = workload.batch_size * seen * kv_position_bytes(layout, tp, workload.dtype)
     return RankPlan(
         tp=tp,
         linear_bytes=linear,
         embedding_bytes=embedding,
         other_bytes=other,
-        kv_cache_bytes=kv_cache,
+        kv_cache_bytes=kv_cache_bytes(layout, tp, workload),
         temporary_bytes=temporary_bytes(layout, tp, workload),
-        read_bytes=linear + embedding + other - unread + kv_cache // 2,
+        read_bytes=memory.read_bytes(rank, tp) + cached // workload.max_length,
     )
 
 
 def kv_cache_bytes(layout: Layout, tp: int, workload: Workload) -> int:
-    """Of the batch at its full length."""
-    tokens = workload.batch_size * workload.max_length
-    return tokens * kv_position_bytes(layout, tp, workload.dtype)
+    """Of the batch at its full length, whatever the windows: the cache keeps every position."""
+    positions = workload.batch_size * workload.max_length * layout.config.num_hidden_layers
+    return positions * kv_position_bytes(layout, tp, workload.dtype)
 
 
 def kv_position_bytes(layout: Layout, tp: int, dtype: str) -> int:
-    """One position's keys and values of every layer for a rank's kv heads, as they are cached; a
-    replicated head counts on each rank."""
+    """One position's keys and values of a layer for a rank's kv heads, as they are cached; a replicated
+    head counts on each rank."""
     config = layout.config
     heads = max(1, config.num_key_value_heads // tp)
     entry = layout.scheme.kv_bytes(config.head_dim, DTYPE_BYTES[dtype])
-    return 2 * config.num_hidden_layers * heads * entry
+    return 2 * heads * entry
 
 
 def temporary_bytes(layout: Layout, tp: int, workload: Workload) -> int:
@@ -140,14 +141,15 @@ def prefill_flops(layout: Layout, tp: int, length: int) -> int:
     """Multiplications and additions of a rank for each token of a prompt of `length`, on average.
 
     Two for each weight of a linear but lm_head, which sees last positions only, and four for each
-    channel of a query at each position that it attends to, half of the prompt.
+    channel of a query at each position that it attends to: half of the prompt, or its window.
     """
     config = layout.config
     weights = sum(
         math.prod(row.shape) for row in layout.table.values() if row.is_linear and row.name != HEAD
     )
-    channels = config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    return (2 * weights + 4 * channels * (length // 2)) // tp
+    channels = config.num_attention_heads * config.head_dim
+    attention = 4 * channels * positions_seen(config.windows, 0, length) // length
+    return (2 * weights + attention) // tp
 
 
 def unsupported_reason(layout: Layout, tp: int) -> str | None:
@@ -157,21 +159,3 @@ def unsupported_reason(layout: Layout, tp: int) -> str | None:
     except ModelError as error:
         return str(error)
     return None
-
-
-def _weights_by_kind(layout: Layout, rank: int, tp: int, dtype: str) -> tuple[int, int, int]:
-    linear = embedding = other = 0
-    for tensor, count in layout.kinds:
-        num_bytes = count * tensor.num_bytes(rank, tp, dtype)
-        if tensor.row.name in (EMBEDDING, HEAD):
-            embedding += num_bytes
-        elif tensor.row.is_linear:
-            linear += num_bytes
-        else:
-            other += num_bytes
-    return linear, embedding, other
-
-
-def _bytes_of(layout: Layout, name: str, rank: int, tp: int, dtype: str) -> int:
-    parts = layout.parts[name]
-    return sum(part.num_bytes(rank, tp, dtype) for part in parts)

@@ -13,6 +13,21 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 Windows = tuple[int | None, ...]
 
 
+def positions_seen(windows: Windows, start: int, stop: int) -> int:
+    """Positions that the queries from `start` to `stop` of a sequence see, of all layers together.
+
+    A query at position p sees p + 1 in a layer without a window. It is what a decode of those queries
+    reads of the cache, and what its products of attention are counted by; of a prefill the latter.
+    """
+    return sum(_seen_before(stop, window) - _seen_before(start, window) for window in windows)
+
+
+def _seen_before(position: int, window: int | None) -> int:
+    """By all queries before a position: one more each, until the window is full."""
+    growing = position if window is None else min(position, window)
+    return growing * (growing + 1) // 2 + (position - growing) * growing
+
+
 def layer_windows(config: Values, kind: Window) -> Windows:
     """Raises: ModelError: keys that the architecture passes over, or that contradict each other."""
     num_layers = config.positive("num_hidden_layers")

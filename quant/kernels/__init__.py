@@ -1,7 +1,7 @@
 """The products of activations with weights, one file a path.
 
 A kernel packs a weight once into its own layout; the packed weight then multiplies. What a kernel
-has no product for takes the reference path: `has_product` is the one place that says so.
+has no product for takes the reference path (`quant.packing.has_product`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quant.kernels.native import NativeKernel
 from quant.kernels.reference import ReferenceKernel
-from quant.scheme import LinearScheme
+from quant.packing import has_product
 from quant.weight import (
     PackedWeight,
     QuantizedWeight,
@@ -35,17 +35,6 @@ class Kernel(Protocol):
     def pack(self, weight: QuantizedWeight) -> PackedWeight:
         """The weight in this path's layout; safe to call from several threads at once."""
         ...
-
-
-def has_product(kernel: str, scheme: LinearScheme) -> bool:
-    """Whether a kernel multiplies weights of a scheme itself, or leaves them to the reference.
-
-    `native` multiplies them all, wherever in a group a rank's part begins; `onednn` has int8 weights
-    with one scale a channel.
-    """
-    if kernel in (ReferenceKernel.name, NativeKernel.name):
-        return True
-    return scheme.weight_dtype == "int8" and scheme.group_size is None
 
 
 def make_ready(kernel: Kernel, *parts: StoredWeight | Tensor) -> ReadyWeight:

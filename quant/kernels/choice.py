@@ -14,11 +14,12 @@ from torch import Tensor
 
 from quant.activations import row_amax
 from quant.errors import QuantError
-from quant.kernels import Kernel, has_product
+from quant.kernels import Kernel
 from quant.kernels.native import NativeKernel
 from quant.kernels.onednn import OneDnnKernel
 from quant.kernels.reference import ReferenceKernel
 from quant.numeric import Grid
+from quant.packing import has_product
 from quant.scheme import LinearScheme
 from quant.weight import PackedWeight, QuantizedWeight
 

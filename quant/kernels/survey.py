@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.kernels import Kernel, has_product
+from quant.kernels import Kernel
 from quant.kernels.choice import ALL_SCHEMES, KERNELS, problem
 from quant.kernels.native import NativeKernel
 from quant.linear import linear
 from quant.numeric import Grid
+from quant.packing import has_product
 from quant.scheme import LinearScheme
 from quant.weight import PackedWeight, QuantizedWeight
 

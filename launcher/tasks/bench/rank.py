@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from launcher.host.bandwidth import measure_group_bandwidth
+from launcher.host.kernels import packing_of
 from launcher.host.load import LoadMark, other_cores
 from launcher.host.memory import peak_bytes, reset_peak
 from launcher.job import Job, Prompt
@@ -33,11 +34,12 @@ from launcher.tasks.bench.table import print_records
 from launcher.tasks.bench.work import Case, cases, decode_work, num_steps, prefill_work
 from launcher.tasks.loading import open_decoder
 from parallel.checkpoint.layout import Layout
+from parallel.checkpoint.memory import Memory
 from parallel.checkpoint.open import Checkpoint
 from parallel.group import Group, SimulatedGroup
 from parallel.model.decoder import Decoder
 from parallel.model.placements import HEAD
-from quant.kernels import has_product
+from quant.packing import has_product
 
 
 def run_rank(rank: Rank) -> None:
@@ -110,9 +112,10 @@ class _Bench:
         simulated = self.rank.job.config.parallel.simulate_rank
         ranks = range(tp) if simulated is None else (simulated,)
         dtype = str(self.decoder.dtype).removeprefix("torch.")
+        memory = Memory(self.layout, dtype, packing_of(self.rank.job.config))
         found = []
         for index, (phase, work) in enumerate((("prefill", prefill_work), ("decode", decode_work))):
-            done = work(self.layout, case, ranks, tp, dtype)
+            done = work(memory, case, ranks, tp)
             parts = [run[index] for run in runs]
             found.append(
                 make_record(

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from launcher.schema import Config
 from parallel.checkpoint.layout import Layout
+from parallel.checkpoint.memory import Memory
 from parallel.checkpoint.plan import kv_position_bytes
-from parallel.checkpoint.source import DTYPE_BYTES
-from parallel.model.placements import EMBEDDING, HEAD
+from parallel.model.placements import HEAD
+from parallel.model.windows import positions_seen
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Work:
 
     Attributes:
         tokens: that go in (prefill) or come out (decode), of all sequences.
-        num_bytes: weights once a step, and in decode the keys and values of every position seen.
+        num_bytes: weights once a step, and in decode the keys and values of every position seen, which
+            are those of the windows where layers have them.
         operations: two for each multiplication of a product or of attention.
     """
 
@@ -62,50 +64,41 @@ def num_steps(phase: str, case: Case) -> int:
     return -(-case.batch_size * case.prompt_length // case.chunk)
 
 
-def prefill_work(layout: Layout, case: Case, ranks: Iterable[int], tp: int, dtype: str) -> Work:
+def prefill_work(memory: Memory, case: Case, ranks: Iterable[int], tp: int) -> Work:
     """The work of `ranks`; attention is causal, and only last positions get logits."""
     ranks = tuple(ranks)
     tokens = case.batch_size * case.prompt_length
-    contexts = case.batch_size * case.prompt_length * (case.prompt_length + 1) // 2
+    seen = case.batch_size * positions_seen(memory.layout.config.windows, 0, case.prompt_length)
     return Work(
         tokens,
-        num_steps("prefill", case) * sum(read_bytes(layout, rank, tp, dtype) for rank in ranks),
-        _operations(layout, ranks, tp, tokens, case.batch_size, contexts),
+        num_steps("prefill", case) * sum(memory.read_bytes(rank, tp) for rank in ranks),
+        _operations(memory.layout, ranks, tp, tokens, case.batch_size, seen),
     )
 
 
-def decode_work(layout: Layout, case: Case, ranks: Iterable[int], tp: int, dtype: str) -> Work:
+def decode_work(memory: Memory, case: Case, ranks: Iterable[int], tp: int) -> Work:
     """The work of `ranks` in all decode steps of a case."""
-    ranks = tuple(ranks)
+    layout, ranks = memory.layout, tuple(ranks)
     tokens = case.batch_size * case.new_tokens
-    contexts = case.batch_size * sum(range(case.prompt_length + 1, case.length + 1))
-    weights = sum(read_bytes(layout, rank, tp, dtype) for rank in ranks)
-    cached = len(ranks) * contexts * kv_position_bytes(layout, tp, dtype)
+    windows = layout.config.windows
+    seen = case.batch_size * positions_seen(windows, case.prompt_length, case.length)
+    weights = sum(memory.read_bytes(rank, tp) for rank in ranks)
+    cached = len(ranks) * seen * kv_position_bytes(layout, tp, memory.dtype)
     return Work(
         tokens,
         case.new_tokens * weights + cached,
-        _operations(layout, ranks, tp, tokens, tokens, contexts),
+        _operations(layout, ranks, tp, tokens, tokens, seen),
     )
-
-
-def read_bytes(layout: Layout, rank: int, tp: int, dtype: str) -> int:
-    """Bytes of weights that one step reads: all but the embedding, of which it takes single rows."""
-    embedding = sum(
-        item.num_bytes(rank, tp, dtype) for item in layout.tensors if item.row.name == EMBEDDING
-    )
-    # A tied embedding is read whole, as lm_head, each rank its part.
-    whole = math.prod(layout.table[EMBEDDING].shape) * DTYPE_BYTES[dtype]
-    head = 0 if HEAD in layout.table else whole // tp
-    return layout.rank_bytes(rank, tp, dtype) - embedding + head
 
 
 def _operations(
-    layout: Layout, ranks: tuple[int, ...], tp: int, tokens: int, logits: int, contexts: int
+    layout: Layout, ranks: tuple[int, ...], tp: int, tokens: int, logits: int, seen: int
 ) -> int:
-    """Args: tokens that pass the layers, positions with logits, positions seen by all queries."""
+    """Args: tokens that pass the layers, positions with logits, positions that all queries see in all
+    layers."""
     config = layout.config
     heads = config.num_attention_heads // tp * len(ranks)
-    attention = 4 * config.num_hidden_layers * heads * config.head_dim * contexts
+    attention = 4 * heads * config.head_dim * seen
     linears = sum(
         math.prod(cut.stop - cut.start for cut in row.index(rank, tp))
         for rank in ranks

@@ -14,7 +14,7 @@ from launcher.environment.size import decide_size
 from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import ConfigError
 from launcher.host.device import check_names
-from launcher.host.kernels import check_kernel
+from launcher.host.kernels import check_kernel, packing_of
 from launcher.resolve import (
     DEMO_TP,
     check_generation,
@@ -94,7 +94,8 @@ def _workload(config: Config, model: ModelConfig) -> Workload:
             f"`plan.max_length` must be 1 to {context} (the context), but is {length}."
         )
     dtype = model.dtype if config.dtype == "auto" else config.dtype
-    return Workload(config.plan.batch_size, length, config.generation.prefill_chunk, dtype)
+    batch_size, chunk = config.plan.batch_size, config.generation.prefill_chunk
+    return Workload(batch_size, length, chunk, dtype, packing_of(config))
 
 
 def _make_report(

@@ -8,6 +8,7 @@ from typing import Any
 
 from launcher.tasks.plan.machine import Machine
 from parallel.checkpoint.layout import Layout
+from parallel.checkpoint.memory import Memory
 from parallel.checkpoint.plan import RankPlan, Workload, plan_rank, prefill_flops
 from parallel.checkpoint.plan_disk import SourceSize, prepared_bytes
 from parallel.checkpoint.plan_fit import largest_batch, longest_context
@@ -68,9 +69,10 @@ def plan_size(
     disk = sum(layout.rank_bytes(one, tp) for one in range(tp))
     output = prepared_bytes(layout, tp, source=path)
     per_token = prefill_flops(layout, tp, workload.max_length)
+    held = Memory(layout, workload.dtype, workload.packing)
     return SizePlan(
         rank=rank,
-        rank_weight_bytes=tuple(layout.rank_bytes(one, tp, workload.dtype) for one in range(tp)),
+        rank_weight_bytes=tuple(held.weight_bytes(one, tp) for one in range(tp)),
         disk_bytes=disk,
         output_bytes=output,
         memory_bytes=memory,

@@ -11,7 +11,6 @@ from torch import Tensor
 from quant.activations import num_levels
 from quant.kernels.native.calls import TYPES, call, open_library
 from quant.kernels.native.weight import (
-    BLOCK,
     NativeWeight,
     Rows,
     bias_and_type,
@@ -20,6 +19,7 @@ from quant.kernels.native.weight import (
     with_columns,
     with_rows,
 )
+from quant.packing import BLOCK, EIGHT, grouped_shape
 from quant.weight import (
     NibbleWeight,
     PackedWeight,
@@ -29,7 +29,6 @@ from quant.weight import (
     unpacked,
 )
 
-COLUMNS = 8  # whose nibbles lie in four bytes
 STEP, ROW = 512, 528  # as in int4.c; a step is a multiple of all group sizes
 SCALE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 4}
 
@@ -44,11 +43,11 @@ class GroupedNativeWeight(NativeWeight):
         forms = [form_of(part) for part in parts]
         weight, self.shape = forms[0], joined_shape(forms)
         size = weight.group_size or 0
-        assert size == 0 or (size % COLUMNS == 0 and STEP % size == 0), weight.scheme
+        assert size == 0 or (size % EIGHT == 0 and STEP % size == 0), weight.scheme
         assert min(self.shape) > 0, self.shape
         self._set_index, self._bits = set_index, weight.bits
         # Groups begin at a multiple of 8 of the packed columns.
-        self._before = weight.first_column % COLUMNS
+        self._before = weight.first_column % EIGHT
         self._first = weight.first_column - self._before
         self.packed = _pack(parts, self.shape, weight.bits, self._before)
         self.group_size, self.activation_dtype = weight.group_size, weight.activation_dtype
@@ -93,10 +92,8 @@ class GroupedNativeWeight(NativeWeight):
 
 def _pack(parts: Sequence[StoredWeight], shape: tuple[int, int], bits: int, before: int) -> Tensor:
     """[blocks, columns / 8, 32, bytes], with zeros for the columns that the eights lack."""
-    num_columns = before + shape[1] + -(before + shape[1]) % COLUMNS
-    packed = torch.empty(
-        -(-shape[0] // BLOCK), num_columns // COLUMNS, BLOCK, bits, dtype=torch.uint8
-    )
+    packed = torch.empty(grouped_shape(shape[0], before + shape[1], bits), dtype=torch.uint8)
+    num_columns = EIGHT * packed.shape[1]
     rows = (_rows(part, before, num_columns) for part in parts)
     pack_blocks(rows, packed, (shape[0], num_columns))
     return packed

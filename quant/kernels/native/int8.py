@@ -10,7 +10,6 @@ from torch import Tensor
 from quant.activations import num_levels
 from quant.kernels.native.calls import TYPES, call, open_library
 from quant.kernels.native.weight import (
-    BLOCK,
     NativeWeight,
     bias_and_type,
     num_planes,
@@ -18,10 +17,8 @@ from quant.kernels.native.weight import (
     with_columns,
     with_rows,
 )
+from quant.packing import QUAD, int8_shape
 from quant.weight import QuantizedWeight, joined_shape, split_static
-
-# Columns that one instruction multiplies where it multiplies bytes; the sums of the channels lie behind.
-_QUAD = 4
 
 
 class Int8NativeWeight(NativeWeight):
@@ -37,11 +34,8 @@ class Int8NativeWeight(NativeWeight):
         width = library.shardrun_width(
             set_index, num_levels(torch.bfloat16, weight.activation_dtype)
         )
-        num_lines = -(-in_features // width) + (width == _QUAD)
-        self.packed = torch.empty(
-            -(-out_features // BLOCK), num_lines, BLOCK, width, dtype=torch.int8
-        )
-        pack = library.shardrun_pack_quads if width == _QUAD else library.shardrun_pack_pairs
+        self.packed = torch.empty(int8_shape(out_features, in_features, width), dtype=torch.int8)
+        pack = library.shardrun_pack_quads if width == QUAD else library.shardrun_pack_pairs
         rows = ((pack, with_columns(part.values_NK)) for part in parts)
         pack_blocks(rows, self.packed, (out_features, in_features))
         self.scale_N = torch.cat([part.scale_NG.float().reshape(-1) for part in parts])

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from quant.activations import LEVELS_INT8, num_levels
 from quant.kernels.native.calls import TYPES, call
+from quant.packing import BLOCK
 from quant.weight import PackedWeight, split_static
 
-BLOCK = 32  # as in epilogue.h
 # One of C's functions that pack, and the rows that it packs.
 Rows = tuple[Callable[..., Any], Tensor]
 
