@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.peers import users
+
 # Ranks of a test share few cores: one thread each. Set before any process is started.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
@@ -26,6 +28,9 @@ LONG_FILES = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+    for item in items:
+        if item.name.partition("[")[0] in users(item.path):
+            item.add_marker("peers")
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +19,11 @@ from parallel.checkpoint.layout import Layout
 from parallel.checkpoint.open import open_checkpoint
 from parallel.checkpoint.readers.calibrated import CalibratedSource
 from parallel.checkpoint.store import write_prepared
+from parallel.model.placements import KV_SCALES
 from quant.numeric import dequantize, unpack_int4
 from quant.scheme import QuantScheme
 from tests.models import logits, run_ranks
-from tests.test_kv_ranks import rounded
+from tests.test_kv_ranks import rounding_caches
 from tests.test_prepared import merged
 from tests.test_static_activations import input_rounding
 
@@ -152,33 +154,15 @@ def _reference(path: Path, cell: Cell, tensors: dict[str, Tensor], ids: list[int
             module.weight.data = tensors[f"{name}.weight"].double()
         if f"{name}.bias" in tensors:
             module.bias.data = tensors[f"{name}.bias"].double()
-    with torch.no_grad():
-        cache = _cache(model, cell, tensors)
-        return model(torch.tensor([ids]), past_key_values=cache).logits[0, :-1]
+    scales = {name: tensors[name].double() for name in tensors if name.endswith(KV_SCALES)}
+    with torch.no_grad(), rounding_caches(scales) if cell.cache else nullcontext():
+        return model(torch.tensor([ids])).logits[0, :-1]
 
 
 def _dequantized(layout: Layout, name: str, tensors: dict[str, Tensor]) -> Tensor:
     scheme, columns = layout.schemes[name], layout.table[name].shape[1]
     values = tensors[name] if scheme.bits == 8 else unpack_int4(tensors[name], columns)
     return dequantize(values, tensors[f"{name}_scale"], torch.float64, scheme.group_size)
-
-
-def _cache(model: transformers.PreTrainedModel, cell: Cell, tensors: dict[str, Tensor]) -> object:
-    update: Callable[..., object] = transformers.DynamicCache.update
-
-    class Rounding(transformers.DynamicCache):
-        def update(self, keys, values, layer, *rest, **named):
-            attention = f"model.layers.{layer}.self_attn"
-            pairs = ((keys, "k_scale"), (values, "v_scale"))
-            kept = [rounded(x, _double(tensors.get(f"{attention}.{name}"))) for x, name in pairs]
-            return update(self, *kept, layer, *rest, **named)
-
-    kind = Rounding if cell.cache else transformers.DynamicCache
-    return kind(config=model.config)
-
-
-def _double(scale: Tensor | None) -> Tensor | None:
-    return None if scale is None else scale.double()
 
 
 def _distance(found: Tensor, wanted: Tensor) -> float:

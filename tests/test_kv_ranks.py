@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -122,22 +124,36 @@ def test_logits_are_those_of_a_float64_model_whose_cache_rounds(name, request):
         if key.endswith(KV_SCALES)
     }  # fmt: skip
 
-    class Rounding(transformers.DynamicCache):
-        def update(self, keys, values, layer, *rest, **named):
-            kept = (
-                rounded(x, scales.get(f"model.layers.{layer}.{part}"))
-                for x, part in ((keys, KV_SCALES[0]), (values, KV_SCALES[1]))
-            )
-            return super().update(*kept, layer, *rest, **named)
-
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
     with torch.no_grad():
-        cache = Rounding(config=model.config)
-        expected = model(torch.tensor([IDS]), past_key_values=cache).logits[0, :-1]
         plain = model(torch.tensor([IDS])).logits[0, :-1]
+        with rounding_caches(scales):
+            expected = model(torch.tensor([IDS])).logits[0, :-1]
     found = logits(path, IDS, 1, scheme=SCHEMES[name]).double()
     # What float32 tips into another step, beside what the integers change: 1e-4 of it was seen.
     assert (found - expected).norm() <= 1e-2 * (plain - expected).norm()
+
+
+@contextmanager
+def rounding_caches(scales):
+    """The caches that transformers' models make keep what the integers stand for, by the formula.
+
+    Args:
+        scales: float64, by their names in a checkpoint; without one a token's head has its own.
+    """
+    from transformers import DynamicCache
+
+    update = DynamicCache.update
+
+    def rounding_update(cache, keys, values, layer, *rest, **named):
+        kept = (
+            rounded(x, scales.get(f"model.layers.{layer}.{part}"))
+            for x, part in zip((keys, values), KV_SCALES, strict=True)
+        )
+        return update(cache, *kept, layer, *rest, **named)
+
+    with mock.patch.object(DynamicCache, "update", rounding_update):
+        yield
 
 
 def rounded(x, scale_C):
