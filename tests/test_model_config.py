@@ -112,6 +112,7 @@ ROPES = {
     "yarn factor": {"rope_scaling": {**YARN, "attention_factor": 1.3}},
     "yarn mscale": {"rope_scaling": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.4}},
     "yarn one mscale": {"rope_scaling": {**YARN, "mscale": 0.7, "mscale_all_dim": 0}},
+    "yarn as published": {"rope_scaling": {**YARN, "finetuned": True}},
     "yarn betas": {"rope_scaling": {**YARN, "beta_fast": 4, "beta_slow": 0.5, "truncate": False}},
     "yarn of a point": {
         "rope_scaling": {**YARN, "original_max_position_embeddings": 4, "beta_fast": 900.0,
@@ -202,9 +203,47 @@ def test_key_of_another_architecture_is_refused_unless_it_changes_nothing(key):
         config(**{key: 7.5})
 
 
-def test_unknown_architecture_is_refused_with_the_known_ones():
-    with pytest.raises(ModelError, match=", ".join(FAMILIES)):
-        config("Gemma3")
+@pytest.mark.parametrize("architectures", [["Gemma3ForCausalLM"], ["LlamaForSequence"], [3], 7])
+def test_unknown_architecture_is_refused_with_the_known_ones(architectures):
+    with pytest.raises(ModelError, match=f"{', '.join(FAMILIES)} .write model.architectures="):
+        config(architectures=architectures, model_type="llama")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_architecture_that_is_left_out_is_that_of_the_model_type(transformers, kind):
+    theirs = getattr(transformers, f"{kind}Config").model_type
+    auto = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    for architectures in (None, [], [f"{kind}Model"], [f"{kind.upper()}ForCausalLM"]):
+        found = config(architectures=architectures, model_type=theirs)
+        assert found.architecture == auto[theirs] == f"{kind}ForCausalLM"
+
+
+@pytest.mark.parametrize("model_type", [None, "gpt2"])
+def test_architecture_that_nothing_says_is_asked_for(model_type):
+    with pytest.raises(ModelError, match=r"write model.architectures=\[NAME\]\), but is None"):
+        config(architectures=None, model_type=model_type)
+
+
+@pytest.mark.parametrize(
+    ("said", "ids"),
+    [(None, ()), (2, (2,)), ([2, 7, 2], (2, 7)), (-1, ()), ([-1, 7], (7,)), ([], ())],
+)
+def test_end_of_sequence_is_a_token_some_or_none(said, ids):
+    assert config(eos_token_id=said).eos_token_ids == ids
+
+
+@pytest.mark.parametrize("said", [-2, 1.0, True, "2", [[2]], {"a": 1}, ["x" * 5000]])
+def test_end_of_sequence_that_is_no_token_is_refused(said):
+    with pytest.raises(ModelError, match="eos_token_id must be a token id, -1 for none") as error:
+        config(eos_token_id=said)
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("name", ["int8", "torch.int8", "", 16, ["float32"]])
+def test_dtype_that_is_none_is_refused(name):
+    for key in ("torch_dtype", "dtype"):
+        with pytest.raises(ModelError, match="torch_dtype must be one of"):
+            config(**{key: name})
 
 
 def test_presets_are_models_of_a_family():

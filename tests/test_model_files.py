@@ -107,7 +107,7 @@ def test_keys_and_defaults_of_theirs_are_taken(tmp_path, shape, expected):
         ({"ffn_dim_multiplier": float("nan"), "intermediate_size": None}, "ffn_dim_multiplier"),
         ({"multiple_of": 0, "intermediate_size": None}, "multiple_of"),
         ({"compute_dtype": "int8"}, "torch_dtype must be one of"),
-        ({"eos_token_id": -1}, "eos_token_id must be a token id"),
+        ({"eos_token_id": -2}, "eos_token_id must be a token id"),
         ({"block": {"quant_method": "rtn", "weight_dtype": "int-8"}}, "quantization_config: .*int-8"),
         ({"block": {"quant_method": "rtn", "weights": "int8"}}, "quantization_config.weights` in .*not"),
     ],

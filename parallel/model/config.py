@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -121,11 +122,21 @@ class _Reader(Values):
         )
 
     def _family(self) -> tuple[str, Family]:
-        names = self.values.get("architectures") or ["(none)"]
-        if not isinstance(names, list) or not isinstance(names[0], str) or names[0] not in FAMILIES:
-            shown = names[0] if isinstance(names, list) else names
-            raise self.error("architectures", f"must be one of {', '.join(FAMILIES)}", shown)
-        return names[0], FAMILIES[names[0]]
+        wanted = self._class_name().lower()
+        found = next((name for name in FAMILIES if name.lower() == wanted), None)
+        if found is None:
+            rule = f"must name one of {', '.join(FAMILIES)} (write model.architectures=[NAME])"
+            raise self.error("architectures", rule, self.values.get("architectures"))
+        return found, FAMILIES[found]
+
+    def _class_name(self) -> str:
+        """`architectures`, also that of the bare decoder; where it is left out, what transformers'
+        AutoModelForCausalLM makes of `model_type`."""
+        names = self.values.get("architectures")
+        name = names[0] if isinstance(names, list) and names else names
+        if not name:
+            return f"{self.values.get('model_type')}ForCausalLM"
+        return re.sub("Model$", "ForCausalLM", str(name))
 
     def _refuse_quantized(self) -> None:
         # compressed-tensors called it compression_config at first.
@@ -163,20 +174,32 @@ class _Reader(Values):
         return said if fixed is None else fixed
 
     def _dtype(self) -> str:
-        name = self._get("dtype", self._get("torch_dtype", "float32"))
+        said = said_dtype(self.values)
+        name = "float32" if said is None else said
         if name not in _DTYPES:
             raise self.error("torch_dtype", f"must be one of {', '.join(_DTYPES)}", name)
         return str(name)
 
 
+def said_dtype(values: Mapping[str, Any]) -> object:
+    """What a config.json says of the weights' dtype, in transformers 5's key or 4's; None: nothing,
+    `auto`, which leaves it to the weights."""
+    said = values.get("dtype")
+    said = values.get("torch_dtype") if said is None else said
+    name = said.removeprefix("torch.") if isinstance(said, str) else said
+    return None if name == "auto" else name
+
+
 def token_ids(value: object, source: str) -> tuple[int, ...]:
-    """`eos_token_id` as it stands in JSON: null, a number, or a list of numbers (Llama 3)."""
-    if value is None:
-        return ()
-    ids = value if isinstance(value, list) else [value]
-    if not all(type(item) is int and item >= 0 for item in ids):
-        raise ModelError(f"{source}: eos_token_id must be a token id or a list, but is {value!r}.")
-    return tuple(ids)
+    """`eos_token_id` as it stands in JSON: null, a number, or a list of numbers (Llama 3).
+
+    -1 is no token: some write it for none.
+    """
+    ids: list[Any] = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(item) is int and item >= -1 for item in ids):
+        rule = "must be a token id, -1 for none, or a list of ids"
+        raise Values({}, source).error("eos_token_id", rule, value)
+    return tuple(dict.fromkeys(item for item in ids if item >= 0))
 
 
 def override_config(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

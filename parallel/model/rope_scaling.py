@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from parallel.errors import ModelError
 from parallel.model.config_values import Values
 
 # Frequencies are float32; positions are int32 in other people's kernels.
@@ -24,6 +25,8 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 _KNOWN = frozenset(key for keys in _KEYS.values() for key in keys)
+# What writers noted there, and nobody computes with: `finetuned` stands in YaRN's published configs.
+_NOTED = frozenset({"finetuned"})
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,11 @@ def _read_dict(config: Values, key: str) -> Values:
 
 
 def _scaling(config: Values, rope: Values) -> RopeScaling | None:
-    if unknown := [key for key in rope.values if key not in _KNOWN]:
-        rule = f"is not known; those that are read are {', '.join(sorted(_KNOWN))}"
-        raise rope.error(unknown[0], rule, rope.values[unknown[0]])
+    if unknown := [key for key in rope.values if key not in _KNOWN | _NOTED]:
+        raise ModelError(
+            f"{rope.source}: {unknown[0][:200]} must not be there, as it is no key that is read "
+            f"({', '.join(sorted(_KNOWN))}); drop it if the model does without."
+        )
     if rope.values.get("partial_rotary_factor") not in (None, 1.0):
         rule = "must be 1.0"
         raise rope.error("partial_rotary_factor", rule, rope.values["partial_rotary_factor"])

@@ -43,6 +43,7 @@ class CompressedSource:
     Args:
         linears: how each linear module is held, by config.json.
         shapes: of the weight of each, by config.json.
+        is_tied: whether lm_head is the embedding, by config.json.
 
     Attributes:
         scheme: what `quant.*` would say of it.
@@ -58,10 +59,12 @@ class CompressedSource:
         path: Path,
         linears: Mapping[str, CompressedLinear | None],
         shapes: Mapping[str, Shape],
+        *,
+        is_tied: bool = False,
     ) -> None:
         self.path = path
         self.scheme = to_scheme(linears)
-        self._files = HuggingFaceSource(path)
+        self._files = HuggingFaceSource(path, is_tied=is_tied)
         self._shapes = shapes
         self._held = {f"{name}.weight": linear for name, linear in linears.items() if linear}
         self._check_unread()

@@ -142,8 +142,8 @@ def _info(name: str, entry: Mapping[str, Any], path: Path) -> TensorInfo:
     code, shape = entry["dtype"], tuple(entry["shape"])
     if code not in DTYPE_NAMES:
         raise CheckpointError(
-            f"{path}: the tensor {name} has dtype {code}, which is not read; "
-            f"known: {', '.join(DTYPE_NAMES)}."
+            f"{path}: the tensor {name} must have one of the dtypes {', '.join(DTYPE_NAMES)}, but has "
+            f"{code}; save it in one of them."
         )
     begin, end = entry["data_offsets"]
     dtype = DTYPE_NAMES[code]

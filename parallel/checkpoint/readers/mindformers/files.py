@@ -6,7 +6,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from parallel.checkpoint.readers.huggingface import INDEX_NAME, read_index
+from parallel.checkpoint.readers.huggingface import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    find_index,
+    read_index,
+)
 from parallel.checkpoint.readers.mindformers.names import is_mindformers_name
 from parallel.checkpoint.readers.mindformers.strategy import is_strategy
 from parallel.checkpoint.readers.mindspore.file import MindSporeFile
@@ -179,6 +184,9 @@ def _listed(path: Path, names: list[str]) -> list[str]:
 
 
 def _safetensors_names(path: Path) -> Iterator[str]:
-    if (path / INDEX_NAME).exists():
-        return iter(read_index(path / INDEX_NAME))
-    return iter(SafetensorsFile(min(path.glob("*.safetensors"))).tensors)
+    index = find_index(path)
+    if index is not None and index.name == INDEX_NAME:
+        return iter(read_index(index))
+    single = path / SINGLE_NAME
+    file = single if single.exists() else min(path.glob("*.safetensors"))
+    return iter(SafetensorsFile(file).tensors)

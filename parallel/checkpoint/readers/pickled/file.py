@@ -79,6 +79,10 @@ class TorchFile:
         """Tensors of a few integers, as Python's."""
         return {name: self.read(name, self._whole(name)).tolist() for name in names}
 
+    def are_one(self, first: str, second: str) -> bool:
+        """Whether two names stand for the same entries of one storage, as those of tied weights do."""
+        return self._pickled[first] == self._pickled[second]
+
     def identity(self) -> dict[str, Any]:
         """Size, and the hash of what describes the tensors and, by CRC, their bytes."""
         described = hashlib.sha256(self._zip.directory + self._pickle)
@@ -140,8 +144,8 @@ class TorchFile:
         storage = tensor.storage
         if storage.dtype not in DTYPE_BYTES:
             raise CheckpointError(
-                f"{self.path}: the tensor {_shown(name)} has dtype {storage.dtype}, which is not "
-                f"read; known: {', '.join(DTYPE_BYTES)}."
+                f"{self.path}: the tensor {_shown(name)} must have one of the dtypes "
+                f"{', '.join(DTYPE_BYTES)}, but has {storage.dtype}; save it in one of them."
             )
         entry = self._zip.entries.get(self._entry(tensor))
         num_bytes = DTYPE_BYTES[storage.dtype]
