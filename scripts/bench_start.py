@@ -1,8 +1,10 @@
-"""From the command to the first token, as a multiple of `python -c "import torch"`, stage by stage.
+"""From the command to the first and the last token, as multiples of `python -c "import torch"`.
 
     python scripts/bench_start.py [RUNS] [key=value …]
 
-The two are run in turn, so that a noisy machine slows both; the ratio is taken pair by pair.
+The two are run in turn, so that a noisy machine slows both; the ratios are taken pair by pair. Then the
+seconds of each stage up to the first token, and the largest memory of each rank. Without words it is
+the demo.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+TOKENS = ("first", "last")
 
 
 def import_torch_s() -> float:
@@ -35,18 +39,29 @@ def start_report(arguments: list[str]) -> dict[str, Any]:
 
 
 def main(num_runs: int, arguments: list[str]) -> None:
-    print("import torch s   first token s   ratio")
-    ratios, starts = [], []
+    print("import torch s   first token s   ratio   last token s   ratio")
+    alone, reports = [], []
     for _ in range(num_runs):
-        alone = import_torch_s()
-        report = start_report(arguments)
-        ratios.append(report["first_token_s"] / alone)
-        starts.append(report["start"])
-        print(f"{alone:14.2f} {report['first_token_s']:15.2f} {ratios[-1]:7.2f}")
-    print(f"median ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        alone.append(import_torch_s())
+        reports.append(start_report(arguments))
+        first, last = (reports[-1][f"{token}_token_s"] for token in TOKENS)
+        ratios = first / alone[-1], last / alone[-1]
+        print(f"{alone[-1]:14.2f} {first:15.2f} {ratios[0]:7.2f} {last:14.2f} {ratios[1]:7.2f}")
+    for token in TOKENS:
+        print(f"{token} token: median ratio {_spread(alone, reports, f'{token}_token_s')}")
     print("median seconds of each stage:")
-    for stage in starts[0]:
-        print(f"  {stage:22} {statistics.median(start[stage] for start in starts):7.3f}")
+    for stage in reports[0]["start"]:
+        seconds = statistics.median(report["start"][stage] for report in reports)
+        print(f"  {stage:22} {seconds:7.3f}")
+    print("median of the largest memory of each rank, MB:")
+    for rank, peaks in enumerate(zip(*(r["peak_rss_bytes"] for r in reports), strict=True)):
+        print(f"  rank {rank}: {statistics.median(peaks) / 1e6:.0f}")
+
+
+def _spread(alone: list[float], reports: list[dict[str, Any]], key: str) -> str:
+    """The median of the pairs' ratios, the least and the largest."""
+    ratios = [report[key] / each for each, report in zip(alone, reports, strict=True)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 if __name__ == "__main__":

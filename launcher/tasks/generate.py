@@ -103,6 +103,7 @@ def _report(rank: Rank, timings: Timings, loaded: LoadTimings) -> None:
         "peak_rss_bytes": [part.pop("peak_rss_bytes") for part in ranks],
         "collectives": counts,
         "first_token_s": (timings.first_token_at or started_at) - started_at,
+        "last_token_s": (timings.last_token_at or started_at) - started_at,
         "start": rank.timeline.durations(),
         "ranks": ranks,
         **_rates(timings),
@@ -111,7 +112,7 @@ def _report(rank: Rank, timings: Timings, loaded: LoadTimings) -> None:
 
 
 def _rates(timings: Timings) -> dict[str, Any]:
-    values = {key: value for key, value in asdict(timings).items() if key != "first_token_at"}
+    values = {key: value for key, value in asdict(timings).items() if not key.endswith("_at")}
     values["prefill_tokens_per_s"] = timings.prefill_tokens / max(timings.prefill_s, 1e-9)
     values["decode_tokens_per_s"] = timings.decode_tokens / max(timings.decode_s, 1e-9)
     return values

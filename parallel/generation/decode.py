@@ -54,6 +54,7 @@ class Timings:
     decode_tokens: int = 0
     decode_steps: int = 0
     first_token_at: float | None = None
+    last_token_at: float | None = None
 
 
 # Told each new token of a prompt, on rank 0 only; returns True to stop there.
@@ -200,7 +201,8 @@ class GenerationLoop:
         if logits_SV is not None:
             chosen = [self._choose(*pair) for pair in zip(sequences, logits_SV, strict=True)]
             news_S2 = torch.tensor(chosen, dtype=torch.int64, device=self._decoder.device)
-            self.timings.first_token_at = self.timings.first_token_at or time.time()
+            self.timings.last_token_at = time.time()
+            self.timings.first_token_at = self.timings.first_token_at or self.timings.last_token_at
         news = self._group.broadcast(news_S2).tolist()
         for sequence, (token, stops) in zip(sequences, news, strict=True):
             sequence.token_ids.append(token)

@@ -81,11 +81,11 @@ class Program:
                 call.done()
 
 
-class Recording(TorchDispatchMode):
-    """Enter it around the step; `next_layer` before each layer.
+class _Notes:
+    """What a recording notes, and how it looks at each operation of torch.
 
-    A layer's buffers are used again by the layer after the next: only what a layer returns is read
-    in the next one.
+    `__torch_dispatch__` stands in a class of its own: where a subclass of TorchDispatchMode defines it,
+    torch wraps it for torch.compile, and the first call imports torch._dynamo and sympy, for a second.
 
     Attributes:
         spoiled: the first operation that a program would leave out, or None.
@@ -132,15 +132,6 @@ class Recording(TorchDispatchMode):
         buffers = list(self._buffers.values())
         return Program(run_calls, calls, kept, self._waiting, self._effects, buffers)
 
-    def __enter__(self) -> Recording:
-        _local.recording = self
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        _local.recording = None
-        super().__exit__(*error)
-
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
@@ -155,6 +146,23 @@ class Recording(TorchDispatchMode):
         self._place += 1
         key = (self._layer, self._place, fresh.shape, fresh.dtype)
         return self._buffers.setdefault(key, fresh)
+
+
+class Recording(_Notes, TorchDispatchMode):
+    """Enter it around the step; `next_layer` before each layer.
+
+    A layer's buffers are used again by the layer after the next: only what a layer returns is read
+    in the next one.
+    """
+
+    def __enter__(self) -> Recording:
+        _local.recording = self
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        _local.recording = None
+        super().__exit__(*error)
 
 
 def active() -> Recording | None:
