@@ -10,11 +10,11 @@ from typing import Any
 
 from launcher.job import Job, Prompt
 from launcher.ranks.rank import Rank
-from launcher.resolve import model_overrides
+from launcher.resolve import open_job
 from launcher.schema import GenerationSection
 from launcher.tasks.loading import cache_length, open_decoder, say_loaded
 from launcher.tasks.results import ResultWriter
-from parallel.checkpoint.open import Checkpoint, open_checkpoint
+from parallel.checkpoint.open import Checkpoint
 from parallel.generation.decode import GenerationLoop, Request, Timings
 from parallel.generation.sampling import Sampling
 from parallel.load import LoadTimings
@@ -23,7 +23,7 @@ from parallel.model.decoder import Decoder
 
 def run_rank(rank: Rank) -> None:
     """One rank's part: load its weights, run the loop; rank 0 prints and writes the results."""
-    checkpoint = open_checkpoint(rank.job.checkpoint, model_overrides(rank.job.config))
+    checkpoint = open_job(rank.job.config)
     rank.timeline.mark("open_checkpoint")
     decoder, loaded = open_decoder(rank, checkpoint, rank.group)
     rank.timeline.mark("load")

@@ -26,7 +26,7 @@ class ResultWriter:
 
     def __init__(self, rank: Rank) -> None:
         job = rank.job
-        tokenizer, stop = open_tokenizer(job.checkpoint), job.config.generation.stop
+        tokenizer, stop = open_tokenizer(job.tokenizer), job.config.generation.stop
         self.stop_ids = tuple(
             tokenizer.special_ids[word] for word in stop if word in tokenizer.special_ids
         )

@@ -12,6 +12,8 @@ from parallel.errors import CheckpointError
 
 # The largest that are published have some 20 MB.
 _MOST_BYTES = 256 << 20
+# The first knows more of the tokens.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 def open_tokenizer(path: Path) -> Tokenizer:
@@ -20,7 +22,7 @@ def open_tokenizer(path: Path) -> Tokenizer:
     What says more of its tokens (tokenizer_config.json and its like) is read from the same directory.
 
     Args:
-        path: the checkpoint's directory, where tokenizer.json is taken before tokenizer.model; or the
+        path: the checkpoint's directory, with one of TOKENIZER_FILES; or the
             file itself, a SentencePiece model unless it ends in .json.
 
     Raises:
@@ -39,9 +41,10 @@ def open_tokenizer(path: Path) -> Tokenizer:
 
 
 def _file_of(directory: Path) -> Path:
-    for name in ("tokenizer.json", "tokenizer.model"):
+    for name in TOKENIZER_FILES:
         if (directory / name).exists():
             return directory / name
     raise CheckpointError(
-        f"{directory} has no tokenizer.json and no tokenizer.model; copy one beside the weights."
+        f"{directory} has no tokenizer.json and no tokenizer.model; copy one beside the weights, or "
+        "write tokenizer=PATH."
     )

@@ -11,7 +11,7 @@ from parallel.checkpoint.json_file import read_json_object
 from parallel.checkpoint.layout import Layout, make_layout
 from parallel.checkpoint.readers.huggingface import BIN_INDEX_NAME, INDEX_NAME, read_index
 from parallel.checkpoint.readers.prepared import SHARD_FILE, is_prepared
-from parallel.checkpoint.side_files import COPIED_FILES
+from parallel.checkpoint.side_files import COPIED_FILES, side_files
 from quant.scheme import QuantScheme
 
 # Of each form; MindFormers' and Golden Stick's may lie in a directory a rank.
@@ -66,26 +66,29 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def prepared_bytes(
-    layout: Layout, size: int, *, ranks: Sequence[int] | None = None, source: Path | None = None
+    layout: Layout,
+    size: int,
+    *,
+    ranks: Sequence[int] | None = None,
+    source: Path | None = None,
+    tokenizer: Path | None = None,
 ) -> int:
     """What `prepare` writes, from above: shards with their headers, manifest, the files beside.
 
     Args:
         ranks: whose shards are written; None: those of all.
         source: the directory whose config.json and tokenizer are copied.
+        tokenizer: in place of the source's.
     """
     ranks = range(size) if ranks is None else ranks
     names = [len(tensor.name) for tensor in layout.tensors]
     header = sum(names) + _HEADER_ENTRY * (len(names) + 1)
     manifest = 3 * sum(names) + (_MANIFEST_ENTRY + _MANIFEST_SHARD * size) * len(names)
-    beside = sum(file.stat().st_size for file in _beside(source)) if source else 0
+    copied = _regular([*side_files(source, tokenizer).values()]) if source else []
+    beside = sum(file.stat().st_size for file in copied)
     rounding = _BLOCK * (2 * len(ranks) + len(COPIED_FILES) + 2)
     shards = sum(layout.rank_bytes(rank, size) for rank in ranks)
     return shards + header * len(ranks) + manifest + beside + rounding
-
-
-def _beside(source: Path) -> list[Path]:
-    return _regular([source / name for name in COPIED_FILES])
 
 
 def _regular(files: Sequence[Path]) -> list[Path]:

@@ -65,7 +65,7 @@ def run(config: Config, environment: WorkerEnvironment) -> None:
 
 def _decide_tp(config: Config, environment: WorkerEnvironment) -> int:
     default = DEMO_TP if config.checkpoint is None and not model_overrides(config) else 1
-    own = prepared_size(Path(config.checkpoint).absolute()) if config.checkpoint else None
+    own = prepared_size(checkpoint_path(config)) if config.checkpoint else None
     size, notes = decide_size(environment, config.parallel.tp, own, default)
     for note in notes:
         print(f"shardrun: {note}", file=sys.stderr)

@@ -55,14 +55,18 @@ class WeightFiles:
 
 
 def weights_directory(path: Path) -> Path:
-    """The directory of a checkpoint that is given by its only file of weights, as MindFormers' users
-    do; any other path as it is.
+    """The directory of a checkpoint that is given by its only file of weights, or by one of its
+    ranks', as MindFormers' users do; any other path as it is.
 
     Raises:
         CheckpointError: there are other weights beside the file.
     """
+    if path.is_dir() and _is_part(path):
+        return path.parent
     if path.suffix not in (".ckpt", ".safetensors") or not path.is_file():
         return path
+    if _is_part(path.parent):
+        return path.parent.parent
     names = _weight_names(path.parent)
     if names != [path.name]:
         raise CheckpointError(
@@ -71,6 +75,11 @@ def weights_directory(path: Path) -> Path:
             "move the file into one of its own."
         )
     return path.parent
+
+
+def has_weights(path: Path) -> bool:
+    """Whether weights in a form of MindFormers' lie in a directory, or in those of its ranks."""
+    return bool(_weight_names(path) or _rank_folders(path))
 
 
 def is_mindformers(path: Path) -> bool:
@@ -136,6 +145,12 @@ def common_names(ranks: Sequence[WeightFiles]) -> list[str]:
 
 def _open_file(path: Path) -> TensorFile:
     return MindSporeFile(path) if path.suffix == ".ckpt" else SafetensorsFile(path)
+
+
+def _is_part(folder: Path) -> bool:
+    """Whether a directory is one rank's, and not a whole checkpoint that is only called so."""
+    is_whole = any(any(folder.glob(name)) for name in ("config.json", "params.json", "*.y*ml"))
+    return _RANK.fullmatch(folder.name) is not None and _has_weights(folder) and not is_whole
 
 
 def _weight_names(path: Path) -> list[str]:
