@@ -126,7 +126,8 @@ def check_has_sums(config: Config, checkpoint: Checkpoint) -> None:
     """Raises ConfigError where sums are asked for and there are none."""
     # MindSpore's own are looked for in the files, once prepare is about to read them.
     may_have = isinstance(checkpoint.source, MindFormersSource) and config.task.name == "prepare"
-    if config.verify_checksums and checkpoint.prepared_size is None and not may_have:
+    has_sums = isinstance(checkpoint.source, PreparedSource)
+    if config.verify_checksums and not has_sums and not may_have:
         raise ConfigError(
             f"`verify_checksums` has no effect on {checkpoint.path}, which has no manifest with sums; "
             "leave it out, or give a prepared checkpoint."

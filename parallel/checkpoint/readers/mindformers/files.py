@@ -10,7 +10,9 @@ from parallel.checkpoint.readers.huggingface import INDEX_NAME, read_index
 from parallel.checkpoint.readers.mindformers.names import is_mindformers_name
 from parallel.checkpoint.readers.mindformers.strategy import is_strategy
 from parallel.checkpoint.readers.mindspore.file import MindSporeFile
+from parallel.checkpoint.readers.prepared import is_prepared
 from parallel.checkpoint.readers.safetensors_file import SafetensorsFile
+from parallel.checkpoint.readers.safetensors_header import is_safetensors
 from parallel.checkpoint.source import TensorFile
 from parallel.errors import CheckpointError
 
@@ -51,13 +53,15 @@ class WeightFiles:
 
 def weights_directory(path: Path) -> Path:
     """The directory of a checkpoint that is given by its only file of weights, as MindFormers' users
-    do; any other path as it is.
+    do, or by a shard of a prepared one; any other path as it is.
 
     Raises:
         CheckpointError: there are other weights beside the file.
     """
     if path.suffix not in (".ckpt", ".safetensors") or not path.is_file():
         return path
+    if _RANK.fullmatch(path.parent.name) and is_prepared(path.parent.parent):
+        return path.parent.parent
     names = _weight_names(path.parent)
     if names != [path.name]:
         raise CheckpointError(
@@ -130,7 +134,8 @@ def common_names(ranks: Sequence[WeightFiles]) -> list[str]:
 
 
 def _open_file(path: Path) -> TensorFile:
-    return MindSporeFile(path) if path.suffix == ".ckpt" else SafetensorsFile(path)
+    is_mindspore = path.suffix == ".ckpt" and not is_safetensors(path)
+    return MindSporeFile(path) if is_mindspore else SafetensorsFile(path)
 
 
 def _weight_names(path: Path) -> list[str]:
