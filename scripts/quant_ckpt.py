@@ -16,5 +16,5 @@ if __name__ == "__main__":
     # The processes that it starts must find what was found here.
     found = str(Path(str(launcher.__file__)).resolve().parents[1])
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [found, os.getenv("PYTHONPATH")]))
-    predict = os.path.relpath(Path(__file__).with_name("run_llama2_predict.sh"))
+    predict = os.path.relpath(Path(__file__).resolve().with_name("run_llama2_predict.sh"))
     sys.exit(main(predict=("bash", predict)))

@@ -11,7 +11,7 @@ python=$(command -v python || command -v python3) || {
   echo "${0##*/}: python must be on PATH, but is not; activate the environment that has shardrun." >&2
   exit 2
 }
-root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.." && pwd)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 # -P: a directory called launcher where the user is must not be taken for ours.
 exec "$python" -P -m launcher.mindformers.predict "$@"

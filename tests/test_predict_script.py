@@ -295,6 +295,18 @@ def test_a_checkout_runs_without_being_installed(run: Run, tmp_path: Path) -> No
     assert recorded["environ"]["PYTHONPATH"].split(os.pathsep)[0] == str(SCRIPT.parent.parent)
 
 
+def test_a_checkout_runs_where_the_guide_has_the_script(run: Run, tmp_path: Path) -> None:
+    guide = tmp_path / "scripts" / "examples" / "llama2"
+    guide.mkdir(parents=True)
+    (guide / SCRIPT.name).symlink_to(SCRIPT)
+    done = subprocess.run(
+        [str(guide / SCRIPT.name), "single", "predict.yaml", "weights"],
+        env=environment(tmp_path) | {"PATH": bare_path(tmp_path)},
+        cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert record(done)["environ"]["PYTHONPATH"].split(os.pathsep)[0] == str(SCRIPT.parent.parent)
+
+
 def test_a_path_without_python_is_refused_in_a_sentence(run: Run, tmp_path: Path) -> None:
     path = bare_path(tmp_path)
     Path(path, "python").unlink()
@@ -307,7 +319,7 @@ def bare_path(tmp_path: Path) -> str:
     """A PATH with a shell, a recorder called python, and no shardrun."""
     directory = tmp_path / "bare"
     write_program(directory / "python", RECORDER)
-    for name in ("bash", "dirname"):
+    for name in ("bash", "dirname", "readlink"):
         found = shutil.which(name)
         assert found
         (directory / name).symlink_to(found)
