@@ -46,16 +46,18 @@ def _run(words: list[str], timeline: Timeline) -> int:
         return 0
     environment = detect(os.environ, parent_pid=launching_pid(os.environ))
     if words[:1] == ["--cfg"]:
-        print(to_yaml(compose(words[1:])), end="")
+        print(to_yaml(compose(words[1:], environment.claim)), end="")
         return 0
-    config = compose(words)
+    notes = [*environment.notes]
+    config = compose(words, environment.claim, notes.append)
     check_effects(words, config.task.name)
+    if environment.speaks:
+        for note in notes:
+            _say(note)
     return _run_task(config, environment, timeline)
 
 
 def _run_task(config: Config, environment: WorkerEnvironment, timeline: Timeline) -> int:
-    for note in environment.notes if environment.rank in (None, 0) else ():
-        _say(note)
     if environment.is_scheduler:
         from launcher.ranks.scheduler import host_until_done
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 import os.path
 import reprlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from launcher.config_file import read_config_file
+from launcher.completion import complete
+from launcher.config_file import ConfigFile, open_config_file
+from launcher.environment.worker import Claim
 from launcher.failures import ConfigError
 from launcher.schema import (
     GROUPS,
@@ -36,16 +38,27 @@ _RIVALS = (
 )
 
 
-def compose(arguments: list[str]) -> Config:
+def compose(
+    arguments: list[str],
+    claim: Claim | None = None,
+    say: Callable[[str], object] = lambda _: None,
+) -> Config:
     """A command line of `key=value` as a Config.
 
-    Order, later wins: schema, presets of the groups, the file of `config=`, the command line.
+    Order, later wins: schema, presets of the groups, the file of `config=`, the command line. What
+    is still open then may be filled in from MindFormers' YAML (completion.py).
+
+    Args:
+        claim: what the launcher says of the number of ranks.
+        say: told what of a MindFormers file is not used.
 
     Raises:
         ConfigError: an unknown key, a value of the wrong type, or a line that cannot be read.
+        CheckpointError: the directory of the checkpoint cannot be looked at.
     """
     overrides = [_split(argument) for argument in arguments]
-    values = _file_values(overrides)
+    file = _open_file(overrides, claim)
+    values = dict(file.values)
     for key, _ in overrides:
         values = _without_rivals(values, key)
     for key, text in overrides:
@@ -58,6 +71,9 @@ def compose(arguments: list[str]) -> Config:
     config = _to_config(node)
     for key, value in texts.items():
         _set_text(config, key, value)
+    config, notes = complete(config, dict(overrides), file)
+    for note in notes:
+        say(note)
     _check_rules(config)
     _check_stdin(config)
     return config
@@ -112,20 +128,20 @@ def _check_option(group: str, name: str) -> None:
         raise ConfigError(f"`{group}` has no choice {name!r}; {hint}choices: {', '.join(options)}.")
 
 
-def _file_values(overrides: list[tuple[str, str]]) -> dict[str, Any]:
+def _open_file(overrides: list[tuple[str, str]], claim: Claim | None) -> ConfigFile:
     paths = [value for key, value in overrides if key == "config"]
     if not paths or paths[-1] == "null":
-        return {}
+        return ConfigFile({})
     try:
-        values = read_config_file(Path(paths[-1]))
-        _check_size(values, paths[-1])
+        file = open_config_file(Path(paths[-1]), claim)
+        _check_size(file.values, paths[-1])
     except RecursionError as error:
         raise ConfigError(f"`config` {paths[-1]} is nested without end; correct it.") from error
-    for key, value in values.items():
+    for key, value in file.values.items():
         _check_key(key)
         if key in GROUPS:
             _check_option(key, str(value))
-    return values
+    return file
 
 
 def _check_size(values: Mapping[str, Any], path: str) -> None:

@@ -4,29 +4,53 @@ from __future__ import annotations
 
 import os.path
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from launcher.environment.worker import Claim
 from launcher.failures import ConfigError
-from launcher.mindformers.translation import is_mindformers, translate
+from launcher.mindformers.translation import PredictFile, is_mindformers, translate
 from launcher.schema import VERBATIM, keys
 from parallel.checkpoint.mindformers.yaml_file import other_than_mapping, parse_yaml, where
 
 
+@dataclass(frozen=True)
+class ConfigFile:
+    """What a file says.
+
+    Attributes:
+        values: the keys that it sets, such as `parallel.tp`; a group's key names a preset.
+        predict: all that was read of it, if it is MindFormers'.
+    """
+
+    values: Mapping[str, Any]
+    predict: PredictFile | None = None
+
+
 def read_config_file(path: Path) -> dict[str, Any]:
-    """The keys that a YAML file sets, such as `parallel.tp`; a group's key names a preset.
+    """The keys alone that a YAML file sets, as `open_config_file` reads it."""
+    return dict(open_config_file(path).values)
+
+
+def open_config_file(path: Path, claim: Claim | None = None) -> ConfigFile:
+    """Read a YAML file of ours or of MindFormers.
 
     Relative paths in the file count from the working directory, as on the command line.
+
+    Args:
+        claim: what the launcher says of the number of ranks, which goes before MindFormers'.
 
     Raises:
         ConfigError: a file that cannot be read or is no mapping of keys, a key that is set twice, a
             MindFormers key that cannot be honoured. Unknown keys of ours are for the caller.
     """
     values = _load(path)
-    flat = translate(values, str(path)) if is_mindformers(values) else _flatten(values, path)
-    return {key: _verbatim(key, value, path) for key, value in flat.items()}
+    predict = translate(values, str(path), claim) if is_mindformers(values) else None
+    flat = predict.file.values if predict else _flatten(values, path)
+    return ConfigFile({key: _verbatim(key, value, path) for key, value in flat.items()}, predict)
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -57,6 +57,11 @@ class Job:
         return Path(self.config.checkpoint)
 
     @property
+    def tokenizer(self) -> Path:
+        """The directory or file of the tokenizer."""
+        return tokenizer_path(self.config) or self.checkpoint
+
+    @property
     def tp(self) -> int:
         assert self.config.parallel.tp is not None
         return self.config.parallel.tp
@@ -81,6 +86,11 @@ class Job:
         if config.task.name == "prepare":
             return cls(config, (), texts=CalibrationTexts.from_dicts(entries))
         return cls(config, tuple(map(Prompt.from_dict, entries)))
+
+
+def tokenizer_path(config: Config) -> Path | None:
+    """The tokenizer that is given; None: the one beside the weights is meant."""
+    return None if config.tokenizer is None else Path(config.tokenizer).absolute()
 
 
 def first_difference(mine: Config, other: Config) -> str | None:

@@ -16,10 +16,11 @@ from launcher.failures import ConfigError
 from launcher.host.device import check_names, remedy
 from launcher.host.gpus import count_gpus
 from launcher.host.kernels import check_kernel, choose_kernel
-from launcher.job import Job, with_tp
+from launcher.job import Job, tokenizer_path, with_tp
 from launcher.prompts import DEMO_PROMPTS, make_prompts
 from launcher.schema import Config, GenerationSection, QuantSection
 from launcher.text import open_tokenizer
+from parallel.checkpoint.config_values import says_model
 from parallel.checkpoint.layout import Layout
 from parallel.checkpoint.layout_checks import check_calibrated
 from parallel.checkpoint.open import Checkpoint, open_checkpoint, open_random, read_config
@@ -119,7 +120,8 @@ def open_job(config: Config) -> Checkpoint:
     """The checkpoint of a job: a directory, the demo model, or random weights for bench."""
     if config.task.name == "bench" and is_shape_alone(config):
         return open_random(model_overrides(config), config.quant.scheme(), config.seed)
-    return open_checkpoint(checkpoint_path(config), model_overrides(config))
+    path, overrides = checkpoint_path(config), model_overrides(config)
+    return open_checkpoint(path, overrides, scheme=config.quant.scheme())
 
 
 def check_has_sums(config: Config, checkpoint: Checkpoint) -> None:
@@ -165,7 +167,7 @@ def make_job(
     check_gpus(config, resolved, environment)
     if not reads_prompts:
         return Job(resolved.config, ()), resolved.notes
-    tokenizer = open_tokenizer(resolved.checkpoint.path)
+    tokenizer = open_tokenizer(tokenizer_path(config) or resolved.checkpoint.path)
     default = DEMO_PROMPTS if resolved.checkpoint.path == DEMO else None
     context = resolved.checkpoint.config.max_position_embeddings
     prompts = make_prompts(config, tokenizer, context, default)
@@ -246,7 +248,7 @@ def check_original(config: Config, checkpoint: Checkpoint) -> Checkpoint | None:
     name, key = named_original(config), f"{config.task.name}.original"
     if name is None:
         return None
-    path = Path(name).absolute()
+    path = weights_directory(Path(name).absolute())
     original = open_checkpoint(path, model_overrides(config), key=key)
     if original.layout(QuantScheme()).scheme != QuantScheme():
         raise ConfigError(f"`{key}` must be unquantized, but {path} is not; give its source.")
@@ -263,7 +265,7 @@ def open_original(config: Config, checkpoint: Checkpoint) -> Checkpoint | None:
     quantized here; None where nothing is quantized, or a prepared directory has no others."""
     name = named_original(config)
     if name is not None:
-        return open_checkpoint(Path(name), model_overrides(config))
+        return open_checkpoint(weights_directory(Path(name).absolute()), model_overrides(config))
     quantizes = config.quant.scheme() != QuantScheme()
     return checkpoint if quantizes and checkpoint.own_scheme is None else None
 
@@ -283,7 +285,11 @@ def check_gpus(config: Config, resolved: Resolved, environment: WorkerEnvironmen
 
 def _override_notes(path: Path, overrides: Mapping[str, Any]) -> tuple[str, ...]:
     """A `model` key that contradicts config.json wins, and is said."""
+    if not says_model(path):
+        return ()
     own = read_config(path)
+    if "dtype" in own:  # transformers 5
+        own["torch_dtype"] = own["dtype"]
     return tuple(
         f"model.{key}={value} stands in for config.json's {own.get(key)}"
         for key, value in overrides.items()

@@ -95,6 +95,9 @@ class ModelSection:
     attention_bias: bool | None = _key(None, "biases of q, k, v and o")
     mlp_bias: bool | None = _key(None, "biases of gate, up and down")
     torch_dtype: str | None = _key(None, "float32, float16 or bfloat16")
+    bos_token_id: int | None = _key(None, "the begin-of-sequence token")
+    eos_token_id: list[int] | None = _key(None, "the tokens that end an answer")
+    pad_token_id: int | None = _key(None, "the padding token; nothing is padded here")
 
 
 @dataclass
@@ -375,6 +378,11 @@ class Config:
     checkpoint: str | None = _key(
         None, "directory of the checkpoint; null: the embedded demo model"
     )
+    tokenizer: str | None = _key(
+        None,
+        "a directory, a tokenizer.json, or a SentencePiece model of any name; null: the one beside the "
+        "weights",
+    )
     verify_checksums: bool = _key(
         False, "hash a prepared checkpoint before it is used, each rank its own shard"
     )
@@ -403,6 +411,7 @@ GROUPS = ("task", "model", "quant", "parallel", "generation")
 # Taken as they are typed: Hydra's grammar would refuse or change what paths and prompts hold.
 VERBATIM = (
     "checkpoint",
+    "tokenizer",
     "output",
     "config",
     "prompts_file",

@@ -24,26 +24,34 @@ class Tokenizer(Protocol):
         ...
 
 
-def open_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint; tokenizer.json first, because it knows added tokens.
+# tokenizer.json first, because it knows added tokens.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+def open_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in a directory, or that of one file: a .json, or SentencePiece's of any name.
 
     Raises:
         CheckpointError: there is none, or it cannot be read.
     """
-    for name, opener in (("tokenizer.json", _JsonTokenizer), ("tokenizer.model", _SentencePiece)):
-        if (directory / name).exists():
-            check_regular(directory / name)
-            try:
-                return opener(directory)
-            except CheckpointError:
-                raise
-            except Exception as error:  # both libraries raise bare Exception and RuntimeError
-                raise CheckpointError(
-                    f"{directory / name} is not a readable tokenizer ({reason(error)}); copy it again."
-                ) from error
-    raise CheckpointError(
-        f"{directory} has no tokenizer.json and no tokenizer.model; copy one beside the weights."
-    )
+    file = path
+    if path.is_dir():
+        found = [path / name for name in TOKENIZER_FILES if (path / name).exists()]
+        if not found:
+            raise CheckpointError(
+                f"{path} has no tokenizer.json and no tokenizer.model; copy one beside the weights, or "
+                "write tokenizer=PATH."
+            )
+        file = found[0]
+    check_regular(file)
+    try:
+        return _JsonTokenizer(file) if file.suffix == ".json" else _SentencePiece(file)
+    except CheckpointError:
+        raise
+    except Exception as error:  # both libraries raise bare Exception and RuntimeError
+        raise CheckpointError(
+            f"{file} is not a readable tokenizer ({reason(error)}); copy it again."
+        ) from error
 
 
 def num_shared(*token_ids: Sequence[int]) -> int:
@@ -54,11 +62,11 @@ def num_shared(*token_ids: Sequence[int]) -> int:
 
 
 class _SentencePiece:
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, file: Path) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        self._processor: Any = SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
-        options = directory / "tokenizer_config.json"
+        self._processor: Any = SentencePieceProcessor(model_file=str(file))
+        options = file.with_name("tokenizer_config.json")
         values = read_json_object(options) if options.exists() else {}
         adds_bos = values.get("add_bos_token", True)
         if type(adds_bos) not in (bool, NoneType):
@@ -78,10 +86,10 @@ class _SentencePiece:
 
 
 class _JsonTokenizer:
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, file: Path) -> None:
         from tokenizers import Tokenizer as Library
 
-        self._library: Any = Library.from_file(str(directory / "tokenizer.json"))
+        self._library: Any = Library.from_file(str(file))
         # A file saved after fine-tuning may carry both; a prompt is never clipped or padded.
         self._library.no_truncation()
         self._library.no_padding()

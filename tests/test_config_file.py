@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from launcher.config import compose
 from launcher.config_file import read_config_file
-from launcher.failures import ConfigError
+from launcher.environment.detection import detect
+from launcher.environment.size import decide_size
+from launcher.failures import ConfigError, LaunchError
+from launcher.host.device import resolve_dtype
 from launcher.resolve import check_generation, model_overrides
 from launcher.schema import Config, to_yaml
 from parallel.model.config import ModelConfig
@@ -162,6 +166,13 @@ def read(path: Path) -> dict[str, Any]:
     return read_config_file(path)
 
 
+def notes(path: Path, *words: str) -> list[str]:
+    """What is said of a file."""
+    said: list[str] = []
+    compose([f"config={path}", *words], say=said.append)
+    return said
+
+
 def refusal(path: Path) -> str:
     """The sentence that a file is refused with, with or without a command line around it."""
     with pytest.raises(ConfigError) as caught:
@@ -285,7 +296,6 @@ def test_the_shipped_rtn_form_becomes_these_keys(tmp_path: Path) -> None:
         "model.torch_dtype": "float16",
         "model.architectures": ["LlamaForCausalLM"],
         "model.intermediate_size": 13824,
-        "dtype": "float16",
         "generation.repetition_penalty": 1,
         "generation.do_sample": False,
         "generation.max_length": 512,
@@ -367,7 +377,8 @@ def test_the_70b_form_is_the_published_shape(tmp_path: Path) -> None:
     config = compose([f"config={path}"])
     preset = compose(["model=llama2_70b"])
     shapes = [ModelConfig.from_hf(model_overrides(item)) for item in (config, preset)]
-    assert shapes[0] == shapes[1]
+    # The preset leaves the end of an answer to the checkpoint.
+    assert dataclasses.replace(shapes[0], eos_token_ids=()) == shapes[1]
     assert (config.parallel.tp, config.parallel.vocab_emb_dp) == (8, True)
 
 
@@ -406,12 +417,10 @@ def test_the_rotary_scaling_of_llama3_is_carried_over(tmp_path: Path) -> None:
     assert config.model.rope_theta == preset.model.rope_theta
 
 
-def test_sampling_keys_are_used_with_do_sample_only(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_sampling_keys_are_used_with_do_sample_only(tmp_path: Path) -> None:
     greedy = read(predict(tmp_path))
     assert {"generation.top_k", "generation.top_p"}.isdisjoint(greedy)
-    assert "top_k, top_p (do_sample is not True)" in capsys.readouterr().err
+    assert "  do_sample is not True: top_k=3, top_p=1" in notes(predict(tmp_path))
     sampled = {"do_sample": True, "temperature": 0.7, "repetition_penalty": 1.05}
     config = compose([f"config={predict(tmp_path, model=sampled)}"])
     generation = config.generation
@@ -436,15 +445,87 @@ def test_model_parallel_counts_where_use_parallel_is_true(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("key", ["data_parallel", "pipeline_stage"])
-def test_other_parallelism_is_refused_where_use_parallel_is_true(tmp_path: Path, key: str) -> None:
-    sizes = {key: 8}
-    read(predict(tmp_path, use_parallel=False, parallel_config=sizes))
-    path = predict(tmp_path, use_parallel=True, parallel_config=sizes)
-    assert f"`parallel_config.{key}` in {path} must be 1, but is 8" in refusal(path)
+def test_other_parallelism_is_set_aside_as_by_their_predict_script(
+    tmp_path: Path, key: str
+) -> None:
+    path = predict(tmp_path, use_parallel=True, parallel_config={key: 8})
+    assert read(path)["parallel.tp"] == 2
+    line = f"  model_parallel ranks are run, one replica of one stage: parallel_config.{key}=8"
+    assert line in notes(path)
+    ones = predict(tmp_path, use_parallel=True, parallel_config={key: 1})
+    assert not any(key in note for note in notes(ones))
+
+
+CLAIMS = {
+    "msrun": (
+        {"MS_ROLE": "MS_WORKER", "MS_WORKER_NUM": "4", "RANK_ID": "0", "MS_SCHED_HOST": "h",
+         "MS_SCHED_PORT": "9"},
+        "mindspore's number of ranks",
+    ),
+    "torchrun": (
+        {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "h", "MASTER_PORT": "9"},
+        "torchrun's number of ranks",
+    ),
+    "srun": (
+        {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "1"},
+        "slurm's number of ranks",
+    ),
+    "mpirun": (
+        {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"},
+        "openmpi's number of ranks",
+    ),
+    "hand-set": ({"MS_WORKER_NUM": "4"}, "MS_WORKER_NUM"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", CLAIMS)
+@pytest.mark.parametrize("task", ["generate", "prepare"])
+def test_the_launchers_size_goes_before_model_parallel(
+    tmp_path: Path, launcher: str, task: str
+) -> None:
+    """As their guide says: it will override config.model_parallel."""
+    variables, name = CLAIMS[launcher]
+    environment = detect(variables)
+    for size in (1, 8):
+        path = predict(tmp_path, use_parallel=True, parallel_config={"model_parallel": size})
+        said: list[str] = []
+        config = compose([f"task={task}", f"config={path}"], environment.claim, said.append)
+        assert decide_size(environment, config.parallel.tp, 16, 1)[0] == 4
+        assert f"  {name} is 4, and goes before it: parallel_config.model_parallel={size}" in said
+    # What the user types is no YAML's, and neither is a run.yaml.
+    typed = compose([f"config={path}", "parallel.tp=8"], environment.claim)
+    ours = compose([f"config={write(tmp_path, {'parallel.tp': 8})}"], environment.claim)
+    for config in (typed, ours):
+        with pytest.raises(LaunchError, match=f"{name}=4, parallel.tp=8"):
+            decide_size(environment, config.parallel.tp, 16, 1)
+
+
+def test_without_a_launcher_model_parallel_is_asked_for_of_a_prepared_checkpoint_too(
+    tmp_path: Path,
+) -> None:
+    path = predict(tmp_path, use_parallel=True)
+    config = compose([f"config={path}"], detect({}).claim)
+    assert decide_size(detect({}), config.parallel.tp, 8, 1) == (2, ())
+
+
+def test_compute_dtype_is_the_models_dtype_and_leaves_ours_open(tmp_path: Path) -> None:
+    """float16 on a CPU becomes what the CPU multiplies, as with dtype=auto."""
+    config = compose([f"config={predict(tmp_path, model={'compute_dtype': 'BFloat16'})}"])
+    assert (config.dtype, config.model.torch_dtype) == ("auto", "bfloat16")
+    model = ModelConfig.from_hf(model_overrides(config))
+    assert resolve_dtype(config.dtype, model.dtype, torch.device("cpu")) == torch.bfloat16
+    config = compose([f"config={predict(tmp_path)}"])
+    model = ModelConfig.from_hf(model_overrides(config))
+    assert resolve_dtype(config.dtype, model.dtype, torch.device("cuda", 0)) == torch.float16
+    on_cpu = resolve_dtype(config.dtype, model.dtype, torch.device("cpu"))
+    assert on_cpu in (torch.bfloat16, torch.float32)
+    forced = compose([f"config={predict(tmp_path)}", "dtype=float16"])
+    assert resolve_dtype(forced.dtype, model.dtype, torch.device("cpu")) == torch.float16
 
 
 @pytest.mark.parametrize(
-    ("target", "device"), [("CPU", "cpu"), ("GPU", "cuda"), ("Ascend", "auto")]
+    ("target", "device"),
+    [("CPU", "cpu"), ("GPU", "cuda"), ("Ascend", "auto"), ("ASCEND", "auto"), ("gpu", "cuda")],
 )
 def test_device_target_is_the_device(tmp_path: Path, target: str, device: str) -> None:
     path = predict(tmp_path, context={"device_target": target})
@@ -469,9 +550,7 @@ def test_load_checkpoint_or_what_stands_in_for_it_is_the_checkpoint(
     assert read(predict(tmp_path, model=model, **name)).get("checkpoint") == checkpoint
 
 
-def test_every_key_is_used_or_named_on_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_key_is_used_or_named_once_a_line_for_each_reason(tmp_path: Path) -> None:
     path = predict(
         tmp_path,
         RTN,
@@ -479,10 +558,10 @@ def test_every_key_is_used_or_named_on_one_line(
         processor={"tokenizer": {"vocab_file": "tokenizer.model"}},
         my_section={"x": 1},
     )
-    read(path)
-    said = capsys.readouterr().err
-    assert said.startswith(f"shardrun: {path} (MindFormers): not used: ")
-    assert said.count("\n") == 1
+    lines = notes(path)
+    said = "\n".join(lines)
+    assert lines[0] == f"{path} (MindFormers) has keys that are not used:"
+    assert len({line.partition(":")[0] for line in lines}) == len(lines)
     values = yaml.safe_load(path.read_text())
     for key in values:
         used = key in ("load_checkpoint", "seed", "use_parallel", "model", "context")
@@ -491,11 +570,12 @@ def test_every_key_is_used_or_named_on_one_line(
     names = values["model"]["model_config"].keys() - USED_MODEL_KEYS
     assert [name for name in names if name not in said] == []
     for phrase in (
-        "context.device_target Ascend (device=auto is used instead)",
-        "processor.tokenizer.vocab_file (the tokenizer of the checkpoint is used)",
-        "parallel_config.model_parallel, parallel_config.pipeline_stage (use_parallel is not True",
-        "my_section (not known)",
-        "block_size, num_blocks, seq_length (the KV cache is sized by the prompts and answers)",
+        "  device=auto is used instead: context.device_target=Ascend",
+        "  there are no weights: processor.tokenizer.vocab_file=tokenizer.model",
+        "  use_parallel is not True, so parallel.tp is open: parallel_config.data_parallel=1, "
+        "parallel_config.model_parallel=2",
+        "  not known: my_section",
+        "  the KV cache is sized by the prompts and answers: block_size=16, num_blocks=512, seq_length",
     ):
         assert phrase in said
 
@@ -509,7 +589,10 @@ USED_MODEL_KEYS = {
     "multiple_of",
     "rms_norm_eps",
     "compute_dtype",
-    "param_init_type",
+    # The shape has no weights, which could say the rest of a config.json.
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
     "repetition_penalty",
     "max_decode_length",
     "do_sample",

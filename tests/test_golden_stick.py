@@ -20,7 +20,13 @@ from torch import Tensor
 from launcher.__main__ import main
 from launcher.text import open_tokenizer
 from parallel.checkpoint.mindformers.directory import read_model_file
-from parallel.checkpoint.open import Checkpoint, describe_layout, open_checkpoint
+from parallel.checkpoint.open import (
+    Checkpoint,
+    describe_layout,
+    open_checkpoint,
+    read_config,
+    scheme_to_apply,
+)
 from parallel.checkpoint.readers.golden_stick import source as golden_stick
 from parallel.checkpoint.readers.golden_stick.source import GoldenStickSource
 from parallel.checkpoint.source import TensorInfo
@@ -617,13 +623,28 @@ def test_fused_linears_are_those_that_were_sliced_and_then_joined(name, size, wr
 # -------------------------------------------------------------------------------------- the directory
 
 
-def test_weights_that_nobody_quantized_are_refused_beside_such_a_yaml(plain, tmp_path):
+def test_weights_that_nobody_quantized_are_floats_beside_such_a_yaml(plain, tmp_path):
     weights = {their_name(name): at for name, at in load_file(plain / "model.safetensors").items()}
-    path = write_directory(tmp_path / "gs", weights, MODEL, CASES["rtn 0.6"].yaml_block())
-    with pytest.raises(
-        CheckpointError, match=r"predict.yaml says quantization_config, but no tensor"
-    ):
-        open_checkpoint(path)
+    case = CASES["rtn 0.6"]
+    path = write_directory(tmp_path / "gs", weights, MODEL, case.yaml_block())
+    assert open_checkpoint(path).own_scheme is None
+    said = scheme_to_apply(path)
+    assert said is not None
+    assert said.scheme == case.quant_scheme()
+
+
+def test_quantized_files_without_a_yaml_are_read_by_the_scheme_that_is_asked_for(written, tmp_path):
+    case = CASES["ptq 1 w4 g64"]
+    block = case.yaml_block()
+    beside = write_directory(tmp_path / "beside", written("ptq 1 w4 g64"), MODEL, block)
+    path = write_directory(tmp_path / "gs", written("ptq 1 w4 g64"), MODEL, block)
+    shape = read_config(path)
+    (path / "predict.yaml").unlink()
+    opened = open_checkpoint(path, shape, scheme=case.quant_scheme())
+    assert opened.own_scheme == case.quant_scheme()
+    assert opened.source.identity() == open_checkpoint(beside).source.identity()
+    with pytest.raises(CheckpointError, match="by `quant`, w8a16, but is uint8"):
+        open_checkpoint(path, shape, scheme=RTN)
 
 
 def test_quantized_files_without_a_scheme_are_refused(written, tmp_path):

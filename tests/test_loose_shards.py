@@ -339,9 +339,17 @@ def test_plan_counts_copied_shards_as_they_are(prepared, tmp_path, capsys):
 
 
 def test_copied_shards_are_exported_as_their_directory_is(prepared, tmp_path):
-    copied = loose(prepared("w8a16", 1), tmp_path / "copied", "x.ckpt")
-    shutil.copy(prepared("w8a16", 1) / "config.json", copied)
-    for folder, output in ((prepared("w8a16", 1), "a"), (copied, "b")):
-        assert main(["export", f"checkpoint={folder}", f"output={tmp_path / output}"]) == 0
-    first, second = (tmp_path / name / "model.safetensors" for name in ("a", "b"))
-    assert first.read_bytes() == second.read_bytes()
+    whole = prepared("w8a16", 1)
+    copied = loose(whole, tmp_path / "copied", "x.ckpt")
+    elsewhere = tmp_path / "predict.yaml"
+    for output, *words in (
+        ("whole", f"checkpoint={whole}"),
+        ("beside", f"checkpoint={copied}"),
+        ("elsewhere", f"checkpoint={copied}", f"config={elsewhere}"),
+    ):
+        if output == "elsewhere":
+            (copied / "predict.yaml").rename(elsewhere)
+        more = [f"output={tmp_path / output}", f"tokenizer={whole}"]
+        assert main(["export", *words, *more]) == 0
+    files = [tmp_path / name / "model.safetensors" for name in ("whole", "beside", "elsewhere")]
+    assert len({file.read_bytes() for file in files}) == 1

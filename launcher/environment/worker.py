@@ -9,6 +9,14 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
+class Claim:
+    """What somebody says of the number of ranks."""
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True)
 class WorkerEnvironment:
     """What the process environment says.
 
@@ -42,6 +50,18 @@ class WorkerEnvironment:
     @property
     def is_plain(self) -> bool:
         return self.launcher == "plain"
+
+    @property
+    def claim(self) -> Claim | None:
+        """The number of ranks that the launcher has started, or that MS_WORKER_NUM wishes for."""
+        if self.size is not None:
+            return Claim(f"{self.launcher}'s number of ranks", self.size)
+        return Claim("MS_WORKER_NUM", self.requested_size) if self.requested_size else None
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process says what all processes of the job would say alike."""
+        return self.is_plain or self.rank == 0
 
     @property
     def announcement(self) -> Path:

@@ -7,18 +7,23 @@ shardrun's default.
 The shape in `model.model_config` becomes `model.*`: `plan`, and checkpoints without a config.json,
 have no other source. Beside a config.json equal values change nothing, and a contradiction stops at
 the first weight that does not fit, where MindFormers would log it and print garbage.
+
+What the checkpoint itself may say as well (the rest of a config.json, the tokenizer) is kept apart:
+launcher/completion.py looks at both.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from launcher.environment.worker import Claim
 from launcher.failures import ConfigError
 from launcher.mindformers.model import take_model
 from launcher.mindformers.run import take_checkpoint, take_context, take_parallel
 from launcher.schema import GROUPS, keys
+from parallel.checkpoint.mindformers.directory import describe_model
 from parallel.checkpoint.mindformers.file import TRAINING, ReadFile, check_absent, is_blank
 
 # Keys that only their files have at the top level.
@@ -34,11 +39,28 @@ def is_mindformers(values: Mapping[str, Any]) -> bool:
     return bool(_MARKS & values.keys()) or (isinstance(model, dict) and "model_config" in model)
 
 
-def translate(values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Our keys of a parsed predict YAML; one line on stderr names what is not used.
+@dataclass(frozen=True)
+class PredictFile:
+    """A predict YAML that was read.
+
+    Attributes:
+        file: what became of its keys.
+        model: all that it says of the model, by config.json's names and with MindFormers' defaults:
+            for a checkpoint that does not say it itself. Empty where it says nothing.
+        tokenizers: the files of the tokenizer that it names, by its key, the best first.
+    """
+
+    file: ReadFile
+    model: Mapping[str, Any]
+    tokenizers: Mapping[str, str]
+
+
+def translate(values: Mapping[str, Any], source: str, claim: Claim | None = None) -> PredictFile:
+    """A parsed predict YAML by our keys.
 
     Args:
         source: what to call the file.
+        claim: what the launcher says of the number of ranks.
 
     Raises:
         ConfigError: a key or value that would change the text and cannot be honoured.
@@ -47,13 +69,13 @@ def translate(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     model = file.mapping("model", values.get("model"))
     model_config = file.mapping("model.model_config", model.get("model_config"))
     take_checkpoint(file, values, model_config)
-    take_parallel(file, values)
+    take_parallel(file, values, claim)
     take_context(file, file.mapping("context", values.get("context")))
     take_model(file, model, model_config)
     _take_rest(file, values)
-    if file.unused:
-        print(f"shardrun: {source} (MindFormers): not used: {file.report()}", file=sys.stderr)
-    return file.values
+    described = ReadFile(source, ConfigError)
+    whole = describe_model(described, model, model_config) if model_config else {}
+    return PredictFile(file, whole, _tokenizers(file, values))
 
 
 _READ = (
@@ -66,7 +88,7 @@ _UNUSED_KEYS = {
     "the task is shardrun's first argument": "run_mode do_eval",
     "results go to run_root": "output_dir remote_save_url",
     "the shape is model.model_config's": "trainer",
-    "the tokenizer of the checkpoint is used": "processor",
+    "the tokenizer's own files say it": "processor",
     TRAINING: "auto_tune autotune_per_step callbacks data_skip_steps eval_callbacks eval_dataset "
     "eval_dataset_task eval_epoch_interval eval_step_interval filepath_prefix ignore_data_skip "
     "init_start_profile layer_decay layer_scale lr_scale_factor lr_schedule metric "
@@ -86,18 +108,23 @@ def _take_rest(file: ReadFile, values: Mapping[str, Any]) -> None:
         elif key == "moe_config":
             check_absent(file, key, value)
         elif key in _TOP_REASONS or key.startswith("profile"):
-            file.ignore(_TOP_REASONS.get(key, TRAINING), *_names(file, key, value))
+            file.ignore(_TOP_REASONS.get(key, TRAINING), {key: value})
         elif key in ours:
             hint = f"write {key}=… on the command line."
             raise ConfigError(f"`{key}` is no key of MindFormers, as {file.source} is; {hint}")
         else:
-            file.ignore("not known", key)
+            file.ignore("not known", {key: value})
 
 
-def _names(file: ReadFile, key: str, value: Any) -> list[str]:
-    """A vocab_file is named apart: who set it should see that another tokenizer is read."""
-    if key != "processor":
-        return [key]
-    tokenizer = file.mapping("processor.tokenizer", file.mapping(key, value).get("tokenizer"))
-    vocab_file = tokenizer.get("vocab_file")
-    return [key] if is_blank(vocab_file) else [key, "processor.tokenizer.vocab_file"]
+def _tokenizers(file: ReadFile, values: Mapping[str, Any]) -> dict[str, str]:
+    section = "processor.tokenizer"
+    tokenizer = file.mapping(
+        section, file.mapping("processor", values.get("processor")).get("tokenizer")
+    )
+    found = {}
+    for key in ("tokenizer_file", "vocab_file"):
+        if not is_blank(value := tokenizer.get(key)):
+            if not isinstance(value, str):
+                raise file.refusal(f"{section}.{key}", "must be a path", value, "correct it")
+            found[f"{section}.{key}"] = value
+    return found

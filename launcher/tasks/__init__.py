@@ -78,6 +78,7 @@ _READERS = {
     "prompt": ("generate", "verify"),
     "prompts": ("generate", "verify"),
     "prompts_file": ("generate", "verify"),
+    "tokenizer": ("generate", "verify", "eval", "prepare", "export"),
     "parallel.simulate_rank": ("bench",),
     "seed": ("bench", "prepare"),
     # plan takes the words of the run that it is for; prepare and export compute on CPUs.
@@ -89,6 +90,11 @@ _READERS = {
     "quant.max_perplexity_increase": ("prepare",),
     "verify_checksums": ("generate", "verify", "eval", "bench", "prepare", "export"),
 }
+
+
+def reads(task: str, key: str) -> bool:
+    """Whether a task reads a key that not all of them read."""
+    return task in _READERS[key]
 
 
 def check_effects(words: list[str], task: str) -> None:

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import ConfigError, RunError
 from launcher.progress import open_bar
+from launcher.resolve import open_job
 from launcher.schema import Config
-from parallel.checkpoint.open import open_checkpoint
 from parallel.checkpoint.readers.mindformers.source import MindFormersSource
 from parallel.checkpoint.readers.prepared import MANIFEST, SHARD_FILE, PreparedSource
 from parallel.checkpoint.side_files import COPIED_FILES
@@ -39,8 +39,9 @@ def run(config: Config, _environment: WorkerEnvironment) -> None:
         CheckpointError: a header, the manifest or config.json contradicts another.
         RunError: sums that are wrong, or shards that do not belong here.
     """
-    path = _directory(config)
-    checkpoint = open_checkpoint(path)
+    _check_keys(config)
+    checkpoint = open_job(config)
+    path = checkpoint.path
     checkpoint.layout(QuantScheme())
     if isinstance(checkpoint.source, PreparedSource):
         _check_prepared(checkpoint.source)
@@ -67,12 +68,11 @@ def _found_sums(source: Source) -> str:
     return "it has no sums, so changed values cannot be seen (prepare takes sums of what it reads)"
 
 
-def _directory(config: Config) -> Path:
+def _check_keys(config: Config) -> None:
     if config.checkpoint is None:
         raise ConfigError("check needs `checkpoint`; write checkpoint=DIRECTORY.")
     if config.output is not None:
         raise ConfigError("`output` has no effect on check, which writes nothing; drop it.")
-    return Path(config.checkpoint).absolute()
 
 
 def _check_prepared(source: PreparedSource) -> None:

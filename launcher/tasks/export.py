@@ -8,10 +8,12 @@ from pathlib import Path
 
 from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import ConfigError
+from launcher.job import tokenizer_path
 from launcher.output import new_directory, num_writers
+from launcher.resolve import checkpoint_path, model_overrides
 from launcher.schema import Config
 from parallel.checkpoint.layout import Layout
-from parallel.checkpoint.open import Checkpoint, open_checkpoint
+from parallel.checkpoint.open import Checkpoint, open_checkpoint, own_size
 from quant.scheme import QuantScheme
 
 
@@ -48,14 +50,13 @@ def _open_prepared(config: Config) -> Checkpoint:
         raise ConfigError(
             "export needs `checkpoint`; write checkpoint=DIRECTORY of a prepared one."
         )
-    path = Path(config.checkpoint).absolute()
-    checkpoint = open_checkpoint(path)
-    if checkpoint.prepared_size is None:
+    path = checkpoint_path(config)
+    if own_size(path) is None:
         raise ConfigError(
             f"`checkpoint` must be one that prepare wrote, but {path} is none; prepare it first, "
             "with the `quant` that you want."
         )
-    return checkpoint
+    return open_checkpoint(path, model_overrides(config))
 
 
 def _write(
@@ -71,6 +72,8 @@ def _write(
             checkpoint.source,
             output,
             max_shard_bytes=config.export.max_shard_bytes,
+            overrides=model_overrides(config),
+            tokenizer=tokenizer_path(config),
             num_threads=num_threads,
             on_bytes=bar.update,
         )

@@ -13,11 +13,11 @@ from typing import Any, TextIO
 from launcher.job import Job, Prompt
 from launcher.progress import open_bar
 from launcher.ranks.rank import Rank
-from launcher.resolve import model_overrides
+from launcher.resolve import open_job
 from launcher.schema import GenerationSection
 from launcher.tasks.loading import cache_length, open_decoder, say_loaded
 from launcher.text import TextStream, Tokenizer, open_tokenizer
-from parallel.checkpoint.open import Checkpoint, open_checkpoint
+from parallel.checkpoint.open import Checkpoint
 from parallel.generation.decode import Completion, GenerationLoop, Request, Timings
 from parallel.generation.sampling import Sampling
 from parallel.load import LoadTimings
@@ -26,7 +26,7 @@ from parallel.model.decoder import Decoder
 
 def run_rank(rank: Rank) -> None:
     """One rank's part: load its weights, run the loop; rank 0 prints and writes the results."""
-    checkpoint = open_checkpoint(rank.job.checkpoint, model_overrides(rank.job.config))
+    checkpoint = open_job(rank.job.config)
     rank.timeline.mark("open_checkpoint")
     decoder, loaded = open_decoder(rank, checkpoint, rank.group)
     rank.timeline.mark("load")
@@ -97,7 +97,7 @@ class ResultWriter:
     def __init__(self, rank: Rank) -> None:
         job = rank.job
         self._prompts = {item.index: item for item in job.prompts}
-        self._tokenizer: Tokenizer = open_tokenizer(job.checkpoint)
+        self._tokenizer: Tokenizer = open_tokenizer(job.tokenizer)
         self._stop = job.config.generation.stop
         self._streams: dict[int, TextStream] = {}
         self._grows = len(job.prompts) == 1

@@ -17,10 +17,10 @@ from torch import Tensor
 from launcher.failures import RunError
 from launcher.job import Job, Prompt
 from launcher.ranks.rank import Rank
-from launcher.resolve import model_overrides, open_original
+from launcher.resolve import open_job, open_original
 from launcher.tasks.generate import make_loop, requests
 from launcher.tasks.loading import cache_length, open_decoder
-from parallel.checkpoint.open import Checkpoint, open_checkpoint
+from parallel.checkpoint.open import Checkpoint
 from parallel.generation.score import score
 from parallel.group import Group, LoneGroup
 from parallel.model.decoder import Decoder
@@ -66,7 +66,7 @@ class _Run:
 def run_rank(rank: Rank) -> None:
     """One rank's part. Raises RunError if tokens differ where the logits do not excuse it."""
     job = rank.job
-    checkpoint = open_checkpoint(job.checkpoint, model_overrides(job.config))
+    checkpoint = open_job(job.config)
     parallel, dtype = _parallel_run(rank, checkpoint)
     if parallel is None:
         return

@@ -14,15 +14,17 @@ from parallel.checkpoint.compressed.config import (
 )
 from parallel.checkpoint.compressed.groups import read_quantization, to_scheme
 from parallel.checkpoint.compressed.parts import part_names
-from parallel.checkpoint.config_values import config_file, read_config_values
+from parallel.checkpoint.config_values import config_file, read_config_values, says_model
 from parallel.checkpoint.json_file import read_json_object
 from parallel.checkpoint.layout import Layout, make_layout
 from parallel.checkpoint.layout_checks import check_names
+from parallel.checkpoint.mindformers.directory import ModelFile
 from parallel.checkpoint.readers.compressed import CompressedSource
-from parallel.checkpoint.readers.golden_stick.source import (
-    GoldenStickSource,
-    check_unquantized,
+from parallel.checkpoint.readers.golden_stick.source import GoldenStickSource, check_unquantized
+from parallel.checkpoint.readers.golden_stick.statement import (
     find_quantization,
+    find_statement,
+    wished_scheme,
 )
 from parallel.checkpoint.readers.huggingface import (
     BIN_INDEX_NAME,
@@ -47,7 +49,7 @@ from parallel.checkpoint.source_layout import (
     source_layout,
 )
 from parallel.errors import CheckpointError
-from parallel.model.config import ModelConfig, override_config, token_ids
+from parallel.model.config import ModelConfig, token_ids
 from parallel.model.placements import linear_modules, placement_table
 from quant.scheme import QuantScheme
 
@@ -92,13 +94,18 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    path: Path, overrides: Mapping[str, Any] | None = None, *, key: str = "checkpoint"
+    path: Path,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    key: str = "checkpoint",
+    scheme: QuantScheme | None = None,
 ) -> Checkpoint:
-    """Open a directory of Hugging Face's, of Meta's, or one that `prepare` wrote.
+    """Open a directory of Hugging Face's, of Meta's, of MindFormers', or one that `prepare` wrote.
 
     Args:
         overrides: values that stand in for those of config.json, by its names.
         key: what the user named the directory by.
+        scheme: what is asked for; Golden Stick's files are read by it where no YAML is beside them.
 
     Raises:
         CheckpointError, ModelError: what is wrong with it, in a sentence.
@@ -110,7 +117,7 @@ def open_checkpoint(
     return Checkpoint(
         path=path,
         config=config,
-        source=_open_source(path, config, values),
+        source=_open_source(path, config, values, scheme),
         eos_token_ids=_eos_ids(config, generation, path),
         unused_sampling=_unused_sampling(generation),
     )
@@ -131,10 +138,21 @@ def read_config(path: Path, overrides: Mapping[str, Any] | None = None) -> dict[
     """`config.json` of a directory, with overrides; the weights are not looked at.
 
     Where there is none, it is what Meta's params.json or MindFormers' YAML says in other words, with
-    what the headers of Meta's files say.
+    what the headers of Meta's files say; or, without any of them, the overrides alone.
     """
     check_directory(path, "checkpoint")
-    return override_config(read_config_values(path), overrides or {})
+    return read_config_values(path, overrides)
+
+
+def scheme_to_apply(path: Path) -> ModelFile | None:
+    """The YAML beside float weights that says how to quantize them; None: nothing says so.
+
+    Raises:
+        CheckpointError: the YAML, or a header of the weights, cannot be read.
+    """
+    if is_prepared(path) or find_shards(path) or is_meta(path):
+        return None
+    return wished_scheme(path)
 
 
 def describe_layout(
@@ -145,7 +163,7 @@ def describe_layout(
     config = _model_config(values, path)
     if (sharded := _open_sharded(path, config)) is not None:
         return prepared_layout(config, sharded, scheme, vocab_emb_dp=vocab_emb_dp)
-    said = find_quantization(path)
+    said = find_quantization(path, scheme)
     if said is not None and said.scheme is not None:
         own = only_scheme(path, said.scheme, scheme, said.path.name)
         # Golden Stick's files have a zero point for every static input.
@@ -172,15 +190,17 @@ def describe_layout(
 def _model_config(values: dict[str, Any], path: Path) -> ModelConfig:
     """What is said of quantization is for another to read, unless nobody does."""
     own = values if is_prepared(path) else without_quantization(values)
-    return ModelConfig.from_hf(own, str(config_file(path)))
+    return ModelConfig.from_hf(own, str(config_file(path)) if says_model(path) else "`model`")
 
 
-def _open_source(path: Path, config: ModelConfig, values: dict[str, Any]) -> Source:
+def _open_source(
+    path: Path, config: ModelConfig, values: dict[str, Any], scheme: QuantScheme | None
+) -> Source:
     if (sharded := _open_sharded(path, config)) is not None:
         return sharded
     if is_meta(path):
         return MetaSource(path, config)
-    if (said := find_quantization(path)) is not None:
+    if (said := find_quantization(path, scheme)) is not None:
         return GoldenStickSource(path, config, said)
     if not is_compressed(values) and is_mindformers(path):
         source = MindFormersSource(path, config)
@@ -200,7 +220,7 @@ def _open_sharded(path: Path, config: ModelConfig) -> ShardedSource | None:
     if not (files := find_shards(path)):
         return None
     source = LooseShards(path, files, config)
-    said = find_quantization(path)
+    said = find_statement(path)
     if said is not None and said.scheme is not None and said.scheme != source.scheme:
         raise CheckpointError(
             f"{path} holds shards that were prepared as {source.scheme.label}, but {said.path.name} "

@@ -13,7 +13,7 @@ from parallel.checkpoint.layout import Layout, make_layout
 from parallel.checkpoint.readers.huggingface import BIN_INDEX_NAME, INDEX_NAME, read_index
 from parallel.checkpoint.readers.prepared import SHARD_FILE, is_prepared
 from parallel.checkpoint.readers.shard_header import ShardHeader
-from parallel.checkpoint.side_files import COPIED_FILES
+from parallel.checkpoint.side_files import COPIED_FILES, side_files
 from quant.scheme import QuantScheme
 
 # Of each form; MindFormers' and Golden Stick's may lie in a directory a rank.
@@ -68,27 +68,30 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def prepared_bytes(
-    layout: Layout, size: int, *, ranks: Sequence[int] | None = None, source: Path | None = None
+    layout: Layout,
+    size: int,
+    *,
+    ranks: Sequence[int] | None = None,
+    source: Path | None = None,
+    tokenizer: Path | None = None,
 ) -> int:
     """What `prepare` writes, from above: shards with their headers, manifest, the files beside.
 
     Args:
         ranks: whose shards are written; None: those of all.
         source: the directory whose config.json and tokenizer are copied.
+        tokenizer: in place of the source's.
     """
     ranks = range(size) if ranks is None else ranks
     names = [len(tensor.name) for tensor in layout.tensors]
     said = ShardHeader(size - 1, size, layout.scheme, layout.vocab_emb_dp).to_metadata()
     header = sum(names) + _HEADER_ENTRY * (len(names) + 1) + len(json.dumps(said))
     manifest = 3 * sum(names) + (_MANIFEST_ENTRY + _MANIFEST_SHARD * size) * len(names)
-    beside = sum(file.stat().st_size for file in _beside(source)) if source else 0
+    copied = _regular([*side_files(source, tokenizer).values()]) if source else []
+    beside = sum(file.stat().st_size for file in copied)
     rounding = _BLOCK * (2 * len(ranks) + len(COPIED_FILES) + 2)
     shards = sum(layout.rank_bytes(rank, size) for rank in ranks)
     return shards + header * len(ranks) + manifest + beside + rounding
-
-
-def _beside(source: Path) -> list[Path]:
-    return _regular([source / name for name in COPIED_FILES])
 
 
 def _regular(files: Sequence[Path]) -> list[Path]:

@@ -29,7 +29,6 @@ from parallel.checkpoint.source import Source
 from parallel.checkpoint.unfinished import Journal, Unfinished
 from parallel.errors import CheckpointError
 from parallel.group import Group, LoneGroup
-from parallel.model.config import override_config
 
 
 def write_prepared(
@@ -40,6 +39,7 @@ def write_prepared(
     *,
     ranks: Sequence[int] | None = None,
     overrides: Mapping[str, Any] | None = None,
+    tokenizer: Path | None = None,
     group: Group | None = None,
     num_threads: int = 1,
     on_bytes: Callable[[int], object] = lambda _: None,
@@ -51,6 +51,7 @@ def write_prepared(
         output: must not exist; what a run with the same arguments left unfinished is gone on with.
         ranks: whose shards are written; None: all.
         overrides: values that stand in for those of config.json, also in the copy of it.
+        tokenizer: a directory or a file; None: the one beside the source.
         group: processes that share the work, on one file system; rank 0 of it begins and ends it.
         num_threads: tensors that are worked on at a time in this process.
         on_bytes: told the source bytes of each tensor that this process is done with.
@@ -61,13 +62,15 @@ def write_prepared(
     """
     group = group or LoneGroup()
     ranks = tuple(range(size)) if ranks is None else tuple(ranks)
-    config = _own_config(read_config(source.path), overrides or {})
-    unfinished = Unfinished(output, _arguments(layout, source, size, ranks, config))
+    # What a manifest says of the scheme is not said twice, in another's words.
+    config = without_quantization(read_config(source.path, overrides))
+    unfinished = Unfinished(output, _arguments(layout, source, size, ranks, config, tokenizer))
     if group.rank == 0:
-        unfinished.check_room(prepared_bytes(layout, size, ranks=ranks, source=source.path))
+        beside = {"source": source.path, "tokenizer": tokenizer}
+        unfinished.check_room(prepared_bytes(layout, size, ranks=ranks, **beside))
     with _owned(group, unfinished):
         if group.rank == 0:
-            copy_files(source.path, unfinished.whole, lambda _: config)
+            copy_files(source.path, unfinished.whole, config, tokenizer)
         with _shards(layout, ranks, size, unfinished, group) as shards:
             journal = Journal(unfinished.directory, group.rank)
             try:
@@ -137,13 +140,13 @@ def _share(jobs: Mapping[str, int], group: Group) -> dict[str, int]:
     return mine
 
 
-def _own_config(config: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """What a manifest says of the scheme is not said twice, in another's words."""
-    return override_config(without_quantization(config), overrides)
-
-
 def _arguments(
-    layout: Layout, source: Source, size: int, ranks: Sequence[int], config: Mapping[str, Any]
+    layout: Layout,
+    source: Source,
+    size: int,
+    ranks: Sequence[int],
+    config: Mapping[str, Any],
+    tokenizer: Path | None,
 ) -> dict[str, Any]:
     """What two runs must have in common to go on with each other's work, by the users' names."""
     return {
@@ -152,6 +155,7 @@ def _arguments(
         "parallel.vocab_emb_dp": layout.vocab_emb_dp,
         "quant": layout.scheme.to_dict(),
         "config.json": dict(config),
+        "tokenizer": None if tokenizer is None else str(tokenizer),
         "checkpoint": {"identity": source.identity(), "modified": _times(source)},
         "version": FORMAT_VERSION,
     }

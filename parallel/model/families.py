@@ -89,3 +89,12 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 # Tensors that old checkpoints carry and every loader computes anew.
 DROPPED_SUFFIXES = (".rotary_emb.inv_freq",)
+
+
+def as_config_json(shape: Mapping[str, Any]) -> dict[str, Any]:
+    """The shape of a model with what transformers, too, looks for in a config.json."""
+    names = shape.get("architectures") or ["(none)"]
+    kind = (
+        {"model_type": names[0].removesuffix("ForCausalLM").lower()} if names[0] in FAMILIES else {}
+    )
+    return {**kind, **shape, "hidden_act": "silu"}

@@ -9,7 +9,7 @@ from launcher.environment.worker import WorkerEnvironment
 from launcher.exam import Exam
 from launcher.failures import ConfigError
 from launcher.host.kernels import choose_kernel
-from launcher.job import Job
+from launcher.job import Job, tokenizer_path
 from launcher.progress import open_bar
 from launcher.questions import (
     DEMO_TEMPLATE,
@@ -52,7 +52,7 @@ def make_eval_job(
     config = replace(resolved.config, eval=section)
     if not reads_exam:
         return Job(config, ()), resolved.notes
-    exam = _read_exam(section, resolved.checkpoint, context)
+    exam = _read_exam(config, resolved.checkpoint, context)
     # Last: the first time on a machine it takes seconds, which a refusal should not.
     config, notes = choose_kernel(config, resolved.layout.labels)
     return Job(config, (), exam), resolved.notes + notes
@@ -129,8 +129,8 @@ def _check_window(section: EvalSection, context: int) -> None:
         )
 
 
-def _read_exam(section: EvalSection, checkpoint: Checkpoint, context: int) -> Exam:
-    tokenizer = open_tokenizer(checkpoint.path)
+def _read_exam(config: Config, checkpoint: Checkpoint, context: int) -> Exam:
+    section, tokenizer = config.eval, open_tokenizer(tokenizer_path(config) or checkpoint.path)
     exam = Exam()
     if section.text is not None:
         exam = _with_text(exam, section.text, tokenizer)

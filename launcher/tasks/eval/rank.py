@@ -17,11 +17,11 @@ from tqdm import tqdm
 from launcher.job import Job
 from launcher.progress import open_bar
 from launcher.ranks.rank import Rank
-from launcher.resolve import model_overrides, open_original
+from launcher.resolve import open_job, open_original
 from launcher.tasks.eval.report import write_result
 from launcher.tasks.eval.result import ModelResult
 from launcher.tasks.loading import open_decoder
-from parallel.checkpoint.open import Checkpoint, open_checkpoint
+from parallel.checkpoint.open import Checkpoint
 from parallel.generation.choices import Problem, choice_log_probs
 from parallel.generation.loss import Loss
 from parallel.generation.perplexity import cut_windows, window_loss
@@ -48,7 +48,7 @@ def run_rank(rank: Rank) -> None:
 def _models(job: Job) -> list[_Model]:
     """The original where there is one, then the job's own."""
     config = job.config
-    checkpoint = open_checkpoint(job.checkpoint, model_overrides(config))
+    checkpoint = open_job(config)
     scheme = config.quant.scheme()
     original = open_original(config, checkpoint)
     is_quantized = scheme != QuantScheme()

@@ -11,7 +11,7 @@ from pathlib import Path
 from launcher.calibration_texts import CalibrationTexts, read_texts
 from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import ConfigError
-from launcher.job import Job
+from launcher.job import Job, tokenizer_path
 from launcher.output import new_directory
 from launcher.questions import DEMO_TEMPLATE, TEMPLATE
 from launcher.resolve import DEMO, Resolved, check_gpus, resolve
@@ -149,7 +149,7 @@ def _read(config: Config, resolved: Resolved) -> CalibrationTexts:
     section = config.calibration
     assert section.max_length is not None
     template = DEMO_TEMPLATE if resolved.checkpoint.path == DEMO else TEMPLATE
-    tokenizer = open_tokenizer(resolved.checkpoint.path)
+    tokenizer = open_tokenizer(tokenizer_path(config) or resolved.checkpoint.path)
     texts = read_texts(section, tokenizer, section.max_length, config.seed, template)
     highest = max(max(ids) for ids in (*texts.samples, *texts.held_out))
     if highest >= resolved.checkpoint.config.vocab_size:

@@ -8,16 +8,16 @@ import shutil
 import time
 from pathlib import Path
 
+from launcher.job import tokenizer_path
 from launcher.output import num_writers
 from launcher.progress import open_bar
 from launcher.ranks.rank import Rank
-from launcher.resolve import model_overrides
+from launcher.resolve import model_overrides, open_job
 from launcher.tasks.prepare.calibrate import calibrate_rank
 from launcher.tasks.prepare.job import calibrates
 from launcher.tasks.prepare.report import Report, write_report
 from launcher.tasks.prepare.summary import print_summary
 from parallel.checkpoint.layout import Layout
-from parallel.checkpoint.open import open_checkpoint
 from parallel.checkpoint.source import Source
 from parallel.checkpoint.store import source_bytes, write_prepared
 
@@ -30,7 +30,7 @@ def run_rank(rank: Rank) -> None:
     """
     config = rank.job.config
     output = Path(str(config.output))
-    checkpoint = open_checkpoint(rank.job.checkpoint, model_overrides(config))
+    checkpoint = open_job(config)
     layout = checkpoint.layout(config.quant.scheme(), vocab_emb_dp=config.parallel.vocab_emb_dp)
     if not calibrates(config):
         seconds = _write(rank, checkpoint.source, layout, output)
@@ -70,6 +70,7 @@ def _write(rank: Rank, source: Source, layout: Layout, output: Path) -> float:
             output,
             ranks=ranks,
             overrides=model_overrides(rank.job.config),
+            tokenizer=tokenizer_path(rank.job.config),
             group=rank.group,
             num_threads=num_writers(),
             on_bytes=bar.update,

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from launcher.environment.worker import WorkerEnvironment
+from launcher.job import tokenizer_path
 from launcher.output import num_writers
 from launcher.resolve import Resolved, model_overrides, resolve
 from launcher.schema import Config
@@ -65,6 +66,7 @@ def _write(resolved: Resolved, output: Path) -> None:
             output,
             ranks=config.prepare.ranks,
             overrides=model_overrides(config),
+            tokenizer=tokenizer_path(config),
             num_threads=num_writers(),
             on_bytes=bar.update,
         )

@@ -12,6 +12,7 @@ from parallel.checkpoint.mindformers.quantization import take_quantization
 from parallel.checkpoint.mindformers.shape import present, take_shape
 from parallel.checkpoint.mindformers.yaml_file import read_yaml_mapping
 from parallel.errors import CheckpointError
+from parallel.model.families import as_config_json
 from quant.errors import QuantError
 from quant.scheme import QuantScheme
 
@@ -21,7 +22,9 @@ _DEFAULTS: Mapping[str, Any] = {
     "multiple_of": 256, "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2,
     "pad_token_id": 0, "compute_dtype": "float16", "seq_length": 2048,
 }  # fmt: skip
-_MODEL_TYPES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
+
+
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -76,29 +79,33 @@ def read_model_file(path: Path) -> ModelFile:
     config = file.mapping("model.model_config", model.get("model_config"))
     if not config:
         raise file.refusal("model.model_config", "must say the model's shape", None, "add it")
-    given = {**_DEFAULTS, **present(config)}
-    take_shape(file, model, given)
+    values = describe_model(file, model, config)
     block = config.get("quantization_config")
     take_quantization(file, block)
-    return ModelFile(path, _config(file, given), _scheme(file) if file.mapping("", block) else None)
+    return ModelFile(path, values, _scheme(file) if file.mapping("", block) else None)
 
 
-def _config(file: ReadFile, given: Mapping[str, Any]) -> dict[str, Any]:
-    """By the names of config.json; the dtype is the one they compute in."""
+def describe_model(
+    file: ReadFile, model: Mapping[str, Any], config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The values of a config.json, by its names, with MindFormers' defaults where the file is silent.
+
+    Args:
+        model: the whole of `model`.
+        config: its `model_config`.
+
+    Raises:
+        file.error: it says what cannot be honoured.
+    """
+    given = {**_DEFAULTS, **present(config)}
+    take_shape(file, model, given)
     shape = {
         key.removeprefix("model."): value
         for key, value in file.values.items()
         if key.startswith("model.")
     }
-    names = shape.get("architectures", ["(none)"])
     shape.setdefault("max_position_embeddings", given["seq_length"])
-    return {
-        **({"model_type": _MODEL_TYPES[names[0]]} if names[0] in _MODEL_TYPES else {}),
-        **shape,
-        "hidden_act": "silu",
-        "torch_dtype": given["compute_dtype"],
-        **{key: given[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
-    }
+    return as_config_json({**shape, **{key: given[key] for key in SPECIAL_TOKENS}})
 
 
 def _scheme(file: ReadFile) -> QuantScheme:

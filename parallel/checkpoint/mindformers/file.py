@@ -6,7 +6,7 @@ a checkpoint's directory they are the checkpoint's: `ReadFile.error` is the one 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
@@ -27,26 +27,39 @@ MUST_BE_ABSENT = {
 
 @dataclass
 class ReadFile:
-    """What was read so far: our keys, and theirs that are not used, by reason.
+    """What was read so far.
 
     Attributes:
         source: what to call the file.
         error: what is raised of a value that cannot be: a ValueError of one sentence.
+        values: our keys.
+        unused: theirs that are not used, with their values, by reason.
     """
 
     source: str
     error: type[ValueError] = CheckpointError
     values: dict[str, Any] = field(default_factory=dict)
-    unused: dict[str, list[str]] = field(default_factory=dict)
+    unused: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def ignore(self, reason: str, *names: str) -> None:
-        if names:
-            self.unused.setdefault(reason, []).extend(names)
+    def ignore(self, reason: str, given: Mapping[str, Any]) -> None:
+        if given:
+            self.unused.setdefault(reason, {}).update(given)
 
-    def report(self) -> str:
-        """What a reader may have counted on comes first."""
-        reasons = sorted(self.unused, key=lambda why: why in (TRAINING, RUNTIME))
-        return "; ".join(f"{', '.join(self.unused[why])} ({why})" for why in reasons)
+    def use(self, *names: str) -> None:
+        """Take back that keys are not used."""
+        for given in self.unused.values():
+            for name in names:
+                given.pop(name, None)
+
+    def report(self) -> tuple[str, ...]:
+        """A line for each reason; what a reader may have counted on comes first, with its values."""
+        asides = (TRAINING, RUNTIME)
+        lines = [
+            f"  {why}: {', '.join(given if why in asides else map(_shown, given.items()))}"
+            for why, given in sorted(self.unused.items(), key=lambda item: item[0] in asides)
+            if given
+        ]
+        return (f"{self.source} (MindFormers) has keys that are not used:", *lines) if lines else ()
 
     def refusal(self, key: str, rule: str, value: object, remedy: str) -> ValueError:
         return self.error(f"`{key}` in {self.source} {rule}, but is {value!r}; {remedy}.")
@@ -80,7 +93,13 @@ def check_absent(file: ReadFile, name: str, value: Any) -> None:
     is_dense = key == "moe_config" and file.mapping(name, value).get("expert_num", 1) == 1
     if value != {} and not is_dense:
         raise file.refusal(name, "must be absent", value, MUST_BE_ABSENT[key])
-    file.ignore(TRAINING, name)
+    file.ignore(TRAINING, {name: value})
+
+
+def _shown(item: tuple[str, Any]) -> str:
+    """`batch_size=1`; a mapping or a list by its name alone."""
+    name, value = item
+    return name if value is None or isinstance(value, dict | list) else f"{name}={value}"
 
 
 def is_blank(value: Any) -> bool:

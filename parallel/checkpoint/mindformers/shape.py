@@ -30,11 +30,10 @@ _RENAMED = {
     "rms_norm_eps": "model.rms_norm_eps",
     "theta": "model.rope_theta",
     "tie_word_embeddings": "model.tie_word_embeddings",
-    "param_init_type": "model.torch_dtype",
-    "compute_dtype": "dtype",
     "do_sample": "generation.do_sample",
     "repetition_penalty": "generation.repetition_penalty",
 }
+_DTYPES = ("compute_dtype", "param_init_type")
 _SPECIAL = (
     "extend_method", "scaling_factor", "multiple_of", "ffn_dim_multiplier", "qkv_has_bias",
     "batch_size", "quantization_config", "checkpoint_name_or_path",
@@ -62,7 +61,7 @@ def take_shape(file: ReadFile, model: Mapping[str, Any], config: Mapping[str, An
         model: the whole of `model`.
         config: its `model_config`.
     """
-    known = {*_RENAMED, *SAMPLING, *LENGTHS, *MUST_BE_ABSENT, *_SPECIAL, *_REASONS}
+    known = {*_RENAMED, *_DTYPES, *SAMPLING, *LENGTHS, *MUST_BE_ABSENT, *_SPECIAL, *_REASONS}
     file.check_known("model.model_config", config, known)
     given = present(config)
     for key, value in given.items():
@@ -71,7 +70,8 @@ def take_shape(file: ReadFile, model: Mapping[str, Any], config: Mapping[str, An
         elif key in MUST_BE_ABSENT:
             check_absent(file, f"model.model_config.{key}", value)
         elif key in _REASONS:
-            file.ignore(_REASONS[key], key)
+            file.ignore(_REASONS[key], {key: value})
+    _take_dtype(file, given)
     _take_architecture(file, model, given)
     _take_ffn_width(file, given)
     _take_rope_scaling(file, given)
@@ -82,11 +82,20 @@ def present(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if not is_blank(value)}
 
 
+def _take_dtype(file: ReadFile, given: Mapping[str, Any]) -> None:
+    """The one that is computed in, as config.json says it: a CPU may take another for float16."""
+    said = _of(given, *_DTYPES)
+    if said:
+        value = said.pop(next(iter(said)))
+        file.values["model.torch_dtype"] = value.lower() if isinstance(value, str) else value
+    file.ignore("tensors are read in the dtype of their files", said)
+
+
 def _take_architecture(file: ReadFile, model: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Their one Llama class is several of Hugging Face's; the bias of q, k and v tells which."""
     name = file.mapping("model.arch", model.get("arch")).get("type")
     if is_blank(name):
-        file.ignore("model.arch says no type", *(key for key in given if key == "qkv_has_bias"))
+        file.ignore("model.arch says no type", _of(given, "qkv_has_bias"))
     elif name in ("LlamaForCausalLM", "ParallelLlamaForCausalLM"):
         family = "Qwen2" if is_true(given.get("qkv_has_bias")) else "Llama"
         file.values["model.architectures"] = [f"{family}ForCausalLM"]
@@ -95,14 +104,16 @@ def _take_architecture(file: ReadFile, model: Mapping[str, Any], given: Mapping[
         remedy = "other families are not read from these files; leave config= out"
         raise file.refusal("model.arch.type", rule, name, remedy)
     others = [key for key in model if key not in ("model_config", "arch")]
-    file.ignore("not known", *(f"model.{key}" for key in others))
+    file.ignore("not known", {f"model.{key}": model[key] for key in others})
 
 
 def _take_ffn_width(file: ReadFile, given: Mapping[str, Any]) -> None:
     """Their formula; its 0.01 is what makes 1.3 of a 70B, with multiple_of 256, Llama's 28672."""
-    present = [key for key in ("multiple_of", "ffn_dim_multiplier") if key in given]
     if "intermediate_size" in given or "hidden_size" not in given or "multiple_of" not in given:
-        file.ignore("intermediate_size is given, or hidden_size or multiple_of is not", *present)
+        file.ignore(
+            "intermediate_size is given, or hidden_size or multiple_of is not",
+            _of(given, "multiple_of", "ffn_dim_multiplier"),
+        )
         return
     section = "model.model_config."
     width = 4 * file.positive(section + "hidden_size", given["hidden_size"])
@@ -112,6 +123,10 @@ def _take_ffn_width(file: ReadFile, given: Mapping[str, Any]) -> None:
         factor = file.positive(section + "ffn_dim_multiplier", factor, (int, float))
         width = int((factor + 0.01) * width)
     file.values["model.intermediate_size"] = -(-int(2 * width / 3) // unit) * unit
+
+
+def _of(given: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: given[key] for key in keys if key in given}
 
 
 def _take_rope_scaling(file: ReadFile, given: Mapping[str, Any]) -> None:

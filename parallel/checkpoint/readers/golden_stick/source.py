@@ -12,15 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parallel.checkpoint.config_values import CONFIG
 from parallel.checkpoint.layout import INPUT_SCALE as INPUT_SCALE_NAME
 from parallel.checkpoint.layout import INPUT_ZERO_POINT, SCALE_SUFFIX, STORED_DTYPES
-from parallel.checkpoint.mindformers.directory import (
-    ModelFile,
-    find_model_file,
-    is_model_file,
-    read_model_file,
-)
+from parallel.checkpoint.mindformers.directory import ModelFile
 from parallel.checkpoint.readers.golden_stick.finder import find_parts
 from parallel.checkpoint.readers.golden_stick.names import (
     KEY_SCALE,
@@ -43,28 +37,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def find_quantization(path: Path) -> ModelFile | None:
-    """The YAML of a directory that says how its weights are quantized; None: none does.
-
-    Beside a config.json a YAML may be anything, and is looked at only if it is the one and theirs.
-
-    Raises:
-        CheckpointError: the YAML that stands in for a config.json is not read.
-    """
-    if (path / CONFIG).exists() and not is_model_file(path):
-        return None
-    found = find_model_file(path)
-    said = read_model_file(found) if found else None
-    return said if said and said.scheme and said.scheme.quant_method else None
-
-
 def check_unquantized(path: Path, names: Iterable[str]) -> None:
     """Raise CheckpointError for parts of Golden Stick's in a directory that says no scheme."""
     for name in names:
         if is_quantized_name(name):
             raise CheckpointError(
                 f"{path} holds {name}, a part of weights that Golden Stick has quantized, but no YAML "
-                "in it says a quantization_config; put the YAML that it was quantized with beside it."
+                "in it says a quantization_config; put the YAML that it was quantized with beside it, "
+                "or give it as config=YAML."
             )
 
 

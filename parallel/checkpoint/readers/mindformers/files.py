@@ -10,7 +10,6 @@ from parallel.checkpoint.readers.huggingface import INDEX_NAME, read_index
 from parallel.checkpoint.readers.mindformers.names import is_mindformers_name
 from parallel.checkpoint.readers.mindformers.strategy import is_strategy
 from parallel.checkpoint.readers.mindspore.file import MindSporeFile
-from parallel.checkpoint.readers.prepared import is_prepared
 from parallel.checkpoint.readers.safetensors_file import SafetensorsFile
 from parallel.checkpoint.readers.safetensors_header import is_safetensors
 from parallel.checkpoint.source import TensorFile
@@ -52,15 +51,17 @@ class WeightFiles:
 
 
 def weights_directory(path: Path) -> Path:
-    """The directory of a checkpoint that is given by its only file of weights, as MindFormers' users
-    do, or by a shard of a prepared one; any other path as it is.
+    """The directory of a checkpoint that is given by its only file of weights, or by one of its
+    ranks', as MindFormers' users do; any other path as it is.
 
     Raises:
         CheckpointError: there are other weights beside the file.
     """
+    if path.is_dir() and _is_part(path):
+        return path.parent
     if path.suffix not in (".ckpt", ".safetensors") or not path.is_file():
         return path
-    if _RANK.fullmatch(path.parent.name) and is_prepared(path.parent.parent):
+    if _is_part(path.parent):
         return path.parent.parent
     names = _weight_names(path.parent)
     if names != [path.name]:
@@ -70,6 +71,11 @@ def weights_directory(path: Path) -> Path:
             "move the file into one of its own."
         )
     return path.parent
+
+
+def has_weights(path: Path) -> bool:
+    """Whether weights in a form of MindFormers' lie in a directory, or in those of its ranks."""
+    return bool(_weight_names(path) or _rank_folders(path))
 
 
 def is_mindformers(path: Path) -> bool:
@@ -136,6 +142,12 @@ def common_names(ranks: Sequence[WeightFiles]) -> list[str]:
 def _open_file(path: Path) -> TensorFile:
     is_mindspore = path.suffix == ".ckpt" and not is_safetensors(path)
     return MindSporeFile(path) if is_mindspore else SafetensorsFile(path)
+
+
+def _is_part(folder: Path) -> bool:
+    """Whether a directory is one rank's, and not a whole checkpoint that is only called so."""
+    is_whole = any(any(folder.glob(name)) for name in ("config.json", "params.json", "*.y*ml"))
+    return _RANK.fullmatch(folder.name) is not None and _has_weights(folder) and not is_whole
 
 
 def _weight_names(path: Path) -> list[str]:
