@@ -15,14 +15,8 @@ from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import ConfigError
 from launcher.host.device import check_names
 from launcher.host.kernels import check_kernel
-from launcher.resolve import (
-    DEMO_TP,
-    check_generation,
-    checkpoint_path,
-    is_shape_alone,
-    model_overrides,
-)
-from launcher.schema import Config
+from launcher.resolve import DEMO_TP, check_generation, checkpoint_path, is_shape_alone
+from launcher.schema import Config, model_overrides
 from launcher.tasks.plan.machine import Machine, describe_machine
 from launcher.tasks.plan.report import Report
 from launcher.tasks.plan.sizes import plan_size
