@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -15,6 +15,7 @@ from launcher.environment.detection import detect
 from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import EXIT_FAILED, EXIT_USER, USER_ERRORS, RunError, one_line
 from launcher.help import help_text
+from launcher.job import Job
 from launcher.schema import Config, to_yaml
 from launcher.tasks import TASKS, check_effects, has_ranks, local_task
 from launcher.timeline import Timeline
@@ -54,10 +55,13 @@ def _run(words: list[str], timeline: Timeline) -> int:
     if environment.speaks:
         for note in notes:
             _say(note)
-    return _run_task(config, environment, timeline)
+        notes = []
+    return _run_task(config, environment, timeline, notes)
 
 
-def _run_task(config: Config, environment: WorkerEnvironment, timeline: Timeline) -> int:
+def _run_task(
+    config: Config, environment: WorkerEnvironment, timeline: Timeline, notes: Sequence[str]
+) -> int:
     if environment.is_scheduler:
         from launcher.ranks.scheduler import host_until_done
 
@@ -74,7 +78,7 @@ def _run_task(config: Config, environment: WorkerEnvironment, timeline: Timeline
         return run_sizes(config, environment, timeline)
     if environment.is_plain:
         return _start_ranks(config, environment, timeline)
-    return _be_rank(config, environment, timeline)
+    return _be_rank(config, environment, timeline, notes)
 
 
 @contextmanager
@@ -106,17 +110,19 @@ def _start_ranks(config: Config, environment: WorkerEnvironment, timeline: Timel
         return run_workers(RunDir.create(job), job.tp, timeline)
 
 
-def _be_rank(config: Config, environment: WorkerEnvironment, timeline: Timeline) -> int:
+def _be_rank(
+    config: Config, environment: WorkerEnvironment, timeline: Timeline, notes: Sequence[str]
+) -> int:
+    """Args: `notes` are said by who turns out to be rank 0."""
     timeline.mark("configuration")
     from launcher.ranks.worker import run_external
     from launcher.resolve import make_job
 
-    return run_external(
-        environment,
-        lambda reads_prompts: make_job(config, environment, reads_prompts=reads_prompts),
-        timeline,
-        config.parallel.start_timeout_s,
-    )
+    def make(reads_prompts: bool) -> tuple[Job, tuple[str, ...]]:
+        job, more = make_job(config, environment, reads_prompts=reads_prompts)
+        return job, (*notes, *more)
+
+    return run_external(environment, make, timeline, config.parallel.start_timeout_s)
 
 
 def _task_first(words: list[str]) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from launcher.config_file import ConfigFile
 from launcher.mindformers.translation import PredictFile
-from launcher.schema import Config
+from launcher.schema import Config, model_overrides
 from launcher.tasks import TASKS, reads
 from launcher.text import TOKENIZER_FILES
 from parallel.checkpoint.config_values import says_model
@@ -82,7 +82,7 @@ def _with_model(
             predict.file.ignore(why, {"compute_dtype": model.torch_dtype})
             model = replace(model, torch_dtype=None)
         return replace(config, model=model)
-    if directory is None and not any(value is not None for value in vars(model).values()):
+    if directory is None and not model_overrides(config):
         return config
     said = {key: value for key, value in predict.model.items() if key in vars(model)}
     if isinstance(said.get("eos_token_id"), int):

@@ -24,6 +24,7 @@ from launcher.schema import (
     READ_TEXTS,
     TEXTS,
     VERBATIM,
+    WORDS,
     Config,
     group_options,
     keys,
@@ -63,6 +64,7 @@ def compose(
         values = _without_rivals(values, key)
     for key, text in overrides:
         values[key] = text if key in VERBATIM or key in GROUPS else _parse(key, text)
+    values = {key: _in_words(key, value) for key, value in values.items()}
     node = _compose_groups({key: value for key, value in values.items() if key in GROUPS})
     texts = {key: values.pop(key) for key in TEXTS if key in values}
     for key, value in values.items():
@@ -87,8 +89,14 @@ def _split(argument: str) -> tuple[str, str]:
     key = "task" if key == "task.name" else key
     _check_key(key)
     if key in GROUPS:
-        _check_option(key, value)
+        _check_option(key, value.lower())
     return key, os.path.expanduser(value) if key in PATHS else value
+
+
+def _in_words(key: str, value: Any) -> Any:
+    """A value that is one of a few words is taken in any case, and written as here."""
+    is_word = key in WORDS or key in GROUPS
+    return value.lower() if is_word and isinstance(value, str) else value
 
 
 def _stray_word(word: str) -> str:
@@ -140,7 +148,7 @@ def _open_file(overrides: list[tuple[str, str]], claim: Claim | None) -> ConfigF
     for key, value in file.values.items():
         _check_key(key)
         if key in GROUPS:
-            _check_option(key, str(value))
+            _check_option(key, str(value).lower())
     return file
 
 

@@ -17,8 +17,9 @@ from launcher.host.device import check_names, remedy
 from launcher.host.gpus import count_gpus
 from launcher.host.kernels import check_kernel, choose_kernel
 from launcher.job import Job, tokenizer_path, with_tp
+from launcher.original import check_original
 from launcher.prompts import DEMO_PROMPTS, make_prompts
-from launcher.schema import Config, GenerationSection, QuantSection
+from launcher.schema import Config, GenerationSection, QuantSection, model_overrides
 from launcher.text import open_tokenizer
 from parallel.checkpoint.config_values import says_model
 from parallel.checkpoint.layout import Layout
@@ -27,7 +28,6 @@ from parallel.checkpoint.open import Checkpoint, open_checkpoint, open_random, r
 from parallel.checkpoint.readers.mindformers.files import weights_directory
 from parallel.checkpoint.readers.mindformers.source import MindFormersSource
 from parallel.checkpoint.readers.prepared import PreparedSource
-from quant.scheme import QuantScheme
 
 DEMO = Path(__file__).parent / "demo"
 DEMO_TP = 2
@@ -76,6 +76,7 @@ def resolve(config: Config, environment: WorkerEnvironment) -> Resolved:
         config = replace(config, quant=_quant_section(layout))
     if not is_random:
         notes += _override_notes(path, model_overrides(config)) + _sampling_note(checkpoint)
+        notes += _end_note(config, checkpoint)
     return Resolved(config, checkpoint, layout, notes)
 
 
@@ -128,7 +129,8 @@ def check_has_sums(config: Config, checkpoint: Checkpoint) -> None:
     """Raises ConfigError where sums are asked for and there are none."""
     # MindSpore's own are looked for in the files, once prepare is about to read them.
     may_have = isinstance(checkpoint.source, MindFormersSource) and config.task.name == "prepare"
-    if config.verify_checksums and checkpoint.prepared_size is None and not may_have:
+    has_sums = isinstance(checkpoint.source, PreparedSource)
+    if config.verify_checksums and not has_sums and not may_have:
         raise ConfigError(
             f"`verify_checksums` has no effect on {checkpoint.path}, which has no manifest with sums; "
             "leave it out, or give a prepared checkpoint."
@@ -190,11 +192,6 @@ def checkpoint_path(config: Config) -> Path:
     return DEMO
 
 
-def model_overrides(config: Config) -> dict[str, Any]:
-    """What the `model` section says in place of config.json."""
-    return {key: value for key, value in vars(config.model).items() if value is not None}
-
-
 def check_generation(section: GenerationSection) -> None:
     """Raises ConfigError for two lengths at once, or a key that would have no effect."""
     if section.max_new_tokens is not None and section.max_length is not None:
@@ -236,39 +233,6 @@ def check_effects(config: Config) -> None:
         )
 
 
-def named_original(config: Config) -> str | None:
-    """What the task's key names as the unquantized checkpoint, if it has such a key."""
-    named = {"verify": config.verify.original, "eval": config.eval.original}
-    return named.get(config.task.name)
-
-
-def check_original(config: Config, checkpoint: Checkpoint) -> Checkpoint | None:
-    """The checkpoint that is named as the original; a task may need it last, and hours later."""
-    name, key = named_original(config), f"{config.task.name}.original"
-    if name is None:
-        return None
-    path = weights_directory(Path(name).absolute())
-    original = open_checkpoint(path, model_overrides(config), key=key)
-    if original.layout(QuantScheme()).scheme != QuantScheme():
-        raise ConfigError(f"`{key}` must be unquantized, but {path} is not; give its source.")
-    if original.config.vocab_size != checkpoint.config.vocab_size:
-        raise ConfigError(
-            f"`{key}` must have the checkpoint's vocab_size ({checkpoint.config.vocab_size}), but "
-            f"{path} has {original.config.vocab_size}."
-        )
-    return original
-
-
-def open_original(config: Config, checkpoint: Checkpoint) -> Checkpoint | None:
-    """Where the unquantized weights are: where the task's key says, or in the source that is
-    quantized here; None where nothing is quantized, or a prepared directory has no others."""
-    name = named_original(config)
-    if name is not None:
-        return open_checkpoint(weights_directory(Path(name).absolute()), model_overrides(config))
-    quantizes = config.quant.scheme() != QuantScheme()
-    return checkpoint if quantizes and checkpoint.own_scheme is None else None
-
-
 def check_gpus(config: Config, resolved: Resolved, environment: WorkerEnvironment) -> None:
     """All ranks are on this host when it is we who start them."""
     if config.device != "cuda" or not environment.is_plain:
@@ -301,6 +265,16 @@ def _sampling_note(checkpoint: Checkpoint) -> tuple[str, ...]:
         return ()
     listed = ", ".join(f"{key}={value}" for key, value in checkpoint.unused_sampling.items())
     return (f"the checkpoint's generation_config.json says {listed}: not used, set generation.*",)
+
+
+def _end_note(config: Config, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """A shape that was given in place of config.json may leave out what ends an answer."""
+    ends = checkpoint.eos_token_ids or config.generation.ignore_eos
+    if ends or says_model(checkpoint.path) or config.task.name not in ("generate", "verify"):
+        return ()
+    return (
+        "nothing says which token ends an answer: each goes on to its length (model.eos_token_id=[…])",
+    )
 
 
 def _quant_section(layout: Layout) -> QuantSection:

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from quant.scheme import QuantScheme
+from quant.scheme_checks import ALLOWED
 
 
 @dataclass(frozen=True)
@@ -426,6 +427,11 @@ VERBATIM = (
     "eval.questions",
     "eval.template",
 )
+# One of a few words, in any case. Those of `quant` are QuantScheme's.
+WORDS = frozenset({
+    "device", "dtype", "kernel", "model.torch_dtype", "parallel.collectives",
+    *(f"quant.{name}" for name in ALLOWED),
+})  # fmt: skip
 # Files that are read as text; `-` is stdin.
 READ_TEXTS = (
     "prompts_file", "calibration.data", "calibration.held_out", "eval.text", "eval.questions",
@@ -433,6 +439,11 @@ READ_TEXTS = (
 PATHS = frozenset(VERBATIM) - {"prompt", "eval.template"}
 # Text of the user's, in which `${…}` and `???` mean nothing to OmegaConf.
 TEXTS = (*VERBATIM, "prompts", "generation.stop", "eval.choices")
+
+
+def model_overrides(config: Config) -> dict[str, Any]:
+    """What the `model` section says in place of config.json."""
+    return {key: value for key, value in vars(config.model).items() if value is not None}
 
 
 def to_yaml(config: Config) -> str:

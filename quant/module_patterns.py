@@ -32,11 +32,17 @@ def match_or_refuse(key: str, pattern: str, modules: tuple[str, ...]) -> set[str
     hits = {name for name in modules if _matches(name, translate_mindformers(pattern))}
     if hits:
         return hits
-    last_components = sorted({name.rpartition(".")[2] for name in modules})
+    known = map(_both_names, sorted({_last(name) for name in modules}))
     raise QuantError(
         f"`quant.{key}` has the pattern {pattern!r}, which matches no module; "
-        f"write a module path or one of {', '.join(last_components)}."
+        f"write a module path or one of {', '.join(known)}."
     )
+
+
+def _both_names(name: str) -> str:
+    """`down_proj (w2)`: Hugging Face's, and the one that Meta's and MindFormers' files have."""
+    theirs = [word for word, ours in MINDFORMERS_MODULES.items() if ours == name]
+    return f"{name} ({theirs[0]})" if theirs else name
 
 
 def _matches(name: str, pattern: str) -> bool:

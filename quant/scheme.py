@@ -9,7 +9,7 @@ from typing import Any
 from quant.errors import QuantError
 from quant.layer_policies import check_unquantized, policy_fields
 from quant.module_patterns import match_or_refuse
-from quant.scheme_checks import check_scheme, nearest
+from quant.scheme_checks import check_scheme, in_words, nearest
 
 
 @dataclass(frozen=True)
@@ -141,12 +141,16 @@ class QuantScheme:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QuantScheme:
-        """Build from a mapping such as a manifest's; an unknown key is an error."""
+        """Build from a mapping such as a manifest's; an unknown key is an error.
+
+        Words are taken in any case: `RTN`, `Smooth_Quant`, `INT8`.
+        """
         known = {item.name for item in fields(cls)}
         for key in values:
             if key not in known:
                 raise QuantError(f"`quant.{key}` is not a key; {nearest(key, known)}")
-        values = {**values, **{key: _tuple(values, key) for key in _TUPLES if key in values}}
+        values = {key: in_words(key, value) for key, value in values.items()}
+        values |= {key: _tuple(values, key) for key in _TUPLES if key in values}
         if type(values.get("group_size")) is int and values["group_size"] == 0:
             values["group_size"] = None  # Golden Stick's word for none
         return cls(**values)

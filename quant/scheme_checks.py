@@ -54,6 +54,21 @@ def check_scheme(scheme: QuantScheme) -> None:
     check_method(scheme)
 
 
+def in_words(key: str, value: object) -> object:
+    """The value of a field, spelled as here where it is a word; so in each policy."""
+    if key in ALLOWED and isinstance(value, str):
+        return value.lower()
+    if key == "layer_policies" and isinstance(value, list | tuple):
+        return [_policy_in_words(policy) for policy in value]
+    return value
+
+
+def _policy_in_words(policy: object) -> object:
+    if not isinstance(policy, Mapping):
+        return policy
+    return {key: in_words(key, value) for key, value in policy.items()}
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """The end of a sentence: `did you mean …?`, or the whole list."""
     close = get_close_matches(word.replace("-", ""), list(known), n=1, cutoff=0.3)

@@ -117,6 +117,21 @@ def test_wrong_sums_are_all_counted_and_named_by_file(capsys, copied):
     assert f"rank_1/model.safetensors has 1 wrong sum ({list_pieces(source, [1])[0].name})" in err
 
 
+def test_a_link_to_a_shard_is_no_shard_of_its_own(capsys, copied):
+    (copied / "rank_0" / "rtn-a16w8.ckpt").symlink_to("model.safetensors")
+    status, out, _ = check(capsys, copied)
+    assert status == 0
+    assert ": all good, " in out
+
+
+@pytest.mark.parametrize("target", ["../rank_7.safetensors", "loop.ckpt"])
+def test_a_link_to_anything_else_is_a_fault(capsys, copied, target):
+    (copied / "rank_0" / "loop.ckpt").symlink_to(target)
+    status, _, err = check(capsys, copied)
+    assert status == 1
+    assert "its manifest does not list rank_0/loop.ckpt" in err
+
+
 @pytest.mark.parametrize(
     "stray", ["rank_0/model-2.safetensors", "rank_7/model.safetensors", "model.safetensors"]
 )

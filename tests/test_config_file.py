@@ -16,8 +16,8 @@ from launcher.environment.detection import detect
 from launcher.environment.size import decide_size
 from launcher.failures import ConfigError, LaunchError
 from launcher.host.device import resolve_dtype
-from launcher.resolve import check_generation, model_overrides
-from launcher.schema import Config, to_yaml
+from launcher.resolve import check_generation
+from launcher.schema import Config, model_overrides, to_yaml
 from parallel.model.config import ModelConfig
 from quant.errors import QuantError
 
@@ -341,6 +341,53 @@ def test_their_spellings_of_none_are_null(tmp_path: Path, none: str) -> None:
     config = compose([f"config={predict(tmp_path, text.replace('NONE', none))}"])
     assert (config.quant.activation_dtype, config.quant.algorithm_args) == (None, {})
     assert config.quant.scheme().modules_to_not_convert == ()
+
+
+def test_words_are_taken_in_any_case(tmp_path: Path) -> None:
+    text = PTQ.replace("'ptq'", "PTQ").replace("'int8'", "Int8").replace("'smooth'", "Smooth")
+    text += "kvcache_quant_granularity: Per_Channel\n"
+    text += "layer_policies: [{pattern: wo, weight_dtype: INT8}]\n"
+    config = compose([f"config={predict(tmp_path, text)}"])
+    lower = compose([f"config={predict(tmp_path, text.lower())}"])
+    assert config.quant.scheme() == lower.quant.scheme()
+    assert (config.quant.quant_method, config.quant.weight_dtype) == ("ptq", "int8")
+
+
+@pytest.mark.parametrize(
+    ("word", "lower"),
+    [
+        ("quant=RTN_A16W8", "quant=rtn_a16w8"),
+        ("quant=Smooth_Quant", "quant=smooth_quant"),
+        ("quant.quant_method=RTN", "quant.quant_method=rtn"),
+        ("quant.act_quant_granularity=Per_Tensor", "quant.act_quant_granularity=per_tensor"),
+        ("dtype=Float16", "dtype=float16"),
+        ("device=CPU", "device=cpu"),
+        ("model.torch_dtype=BFloat16", "model.torch_dtype=bfloat16"),
+    ],
+)
+def test_words_of_the_command_line_and_of_our_files_are_taken_in_any_case(
+    tmp_path: Path, word: str, lower: str
+) -> None:
+    assert compose([word]) == compose([lower])
+    key, _, value = word.partition("=")
+    path = write(tmp_path, {key: value})
+    assert compose([f"config={path}"]) == dataclasses.replace(compose([lower]), config=str(path))
+
+
+def test_a_word_that_is_none_is_refused_in_any_case() -> None:
+    with pytest.raises(
+        ConfigError, match="`quant` has no choice 'rtn_a16w9'; did you mean rtn_a16w8"
+    ):
+        compose(["quant=RTN_A16W9"])
+    with pytest.raises(QuantError, match="is 'rtm'; did you mean rtn"):
+        compose(["quant.quant_method=RTM"]).quant.scheme()
+
+
+def test_a_module_that_is_none_is_told_both_names_of_those_that_are(tmp_path: Path) -> None:
+    config = compose([f"config={predict(tmp_path, RTN.replace('lm_head', 'w4'))}"])
+    modules = [f"model.layers.0.{name}" for name in ("mlp.down_proj", "self_attn.o_proj")]
+    with pytest.raises(QuantError, match=r"or one of down_proj \(w2\), lm_head, o_proj \(wo\)"):
+        config.quant.scheme().left_out(["lm_head", *modules])
 
 
 def test_a_mistyped_quant_dtype_is_refused_by_the_scheme(tmp_path: Path) -> None:

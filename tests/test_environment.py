@@ -334,6 +334,90 @@ def test_a_bad_mindspore_variable_is_named(change: dict[str, str], words: str) -
     assert words in refusal({**MSRUN_WORKER, **change})
 
 
+# Every launcher's own number of ranks is 4, 4, 2 and 2 here.
+RANKED = {"torchrun": TORCHRUN, "slurm": SLURM_ONE_NODE, "openmpi": OPENMPI, "pmi": MPICH}
+BY_HAND = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "9"}
+
+
+@pytest.mark.parametrize(
+    ("name", "variable"),
+    [
+        *((name, "MS_WORKER_NUM") for name in RANKED),
+        *((name, "WORLD_SIZE") for name in RANKED if name != "torchrun"),
+    ],
+)
+def test_a_number_that_contradicts_the_launchers_is_seen_before_anybody_waits(
+    name: str, variable: str
+) -> None:
+    size = detect(RANKED[name]).size
+    detect({**RANKED[name], variable: str(size)})
+    with pytest.raises(LaunchError) as caught:
+        detect({**RANKED[name], variable: "3"})
+    assert f"{name}'s number of ranks={size}, {variable}=3; unset" in str(caught.value)
+
+
+@pytest.mark.parametrize("role", ["MS_WORKER", "MS_SCHED"])
+def test_a_number_that_contradicts_msruns_is_seen_before_anybody_waits(role: str) -> None:
+    with pytest.raises(LaunchError, match="mindspore's number of ranks=2, WORLD_SIZE=3"):
+        detect({**MSRUN_SCHEDULER, "MS_ROLE": role, "WORLD_SIZE": "3"})
+
+
+def test_hand_set_torch_variables_beside_another_ms_worker_num_are_refused_at_once() -> None:
+    with pytest.raises(LaunchError, match="torchrun's number of ranks=2, MS_WORKER_NUM=4"):
+        detect({**BY_HAND, "RANK": "0", "MS_WORKER_NUM": "4"})
+
+
+# Two launchers at once, of which the inner decides: one may start the other, so sizes may differ.
+PAIRS = [
+    ("torchrun", TORCHRUN, SLURM_ONE_NODE),
+    ("torchrun", TORCHRUN, OPENMPI),
+    ("torchrun", TORCHRUN, MPICH),
+    ("openmpi", OPENMPI, SLURM_ONE_NODE),
+    ("openmpi", OPENMPI, {**MPICH, "PMI_SIZE": "4"}),
+    ("pmi", MPICH, SLURM_ONE_NODE),
+    ("mindspore", MSRUN_WORKER, SLURM_ONE_NODE),
+    ("mindspore", MSRUN_WORKER, {**OPENMPI, "OMPI_COMM_WORLD_SIZE": "4"}),
+    ("mindspore", MSRUN_WORKER, {**MPICH, "PMI_SIZE": "4"}),
+]
+
+
+@pytest.mark.parametrize(("inner", "inside", "around"), PAIRS)
+def test_of_two_launchers_the_inner_decides_and_the_outer_is_said(
+    inner: str, inside: dict[str, str], around: dict[str, str]
+) -> None:
+    environment = detect({**around, **inside})
+    assert (environment.launcher, environment.size) == (inner, detect(inside).size)
+    assert any(f"is around {inner}, which decides" in note for note in environment.notes)
+
+
+@pytest.mark.parametrize("around", [SLURM_ONE_NODE, OPENMPI, MPICH, MSRUN_WORKER])
+@pytest.mark.parametrize("change", [{"RANK": "0"}, {"WORLD_SIZE": "8"}])
+def test_torch_variables_that_a_script_has_set_must_be_its_launchers(
+    around: dict[str, str], change: dict[str, str]
+) -> None:
+    """Where no torchrun was, nobody starts the ranks of another number."""
+    with pytest.raises(LaunchError) as caught:
+        detect({**around, **BY_HAND, **change})
+    (name, value), *_ = change.items()
+    assert f"{name}={value}" in str(caught.value)
+
+
+@pytest.mark.parametrize("environ", [*RANKED.values(), {}])
+def test_mindspores_variables_without_a_role_are_said_under_any_launcher(
+    environ: dict[str, str],
+) -> None:
+    notes = detect({**environ, "RANK_ID": "7", "DEVICE_ID": "7"}).notes
+    assert "RANK_ID, DEVICE_ID set without MS_ROLE: not used" in notes
+
+
+def test_what_all_processes_would_say_is_said_by_one() -> None:
+    workers = [detect({**MSRUN_WORKER, "RANK_ID": rank, "MS_NODE_ID": rank}) for rank in "01"]
+    unnamed = {key: value for key, value in MSRUN_WORKER.items() if "ID" not in key}
+    environments = [detect(MSRUN_SCHEDULER), *workers, detect(unnamed)]
+    assert [environment.speaks for environment in environments] == [False, True, False, False]
+    assert detect({}).speaks
+
+
 def test_mindspore_and_torchrun_at_once_are_refused() -> None:
     message = refusal({**MSRUN_WORKER, **TORCHRUN})
     assert "MS_ROLE=MS_WORKER" in message

@@ -288,6 +288,19 @@ def test_checkpoint_may_be_named_by_its_only_file(tmp_path):
         weights_directory(path / "llama.ckpt")
 
 
+def test_safetensors_that_are_called_ckpt_are_read_as_what_they_are(tmp_path):
+    source = write_checkpoint(tmp_path / "source")
+    named = safetensors(source, copy_beside(source, tmp_path / "named"))
+    (file,) = named.glob("*.safetensors")
+    file.rename(file.with_suffix(".ckpt"))
+    found, wanted = (
+        open_checkpoint(path)
+        for path in (named, ckpt(source, copy_beside(source, tmp_path / "ckpt")))
+    )
+    assert found.source.tensors.keys() == wanted.source.tensors.keys()
+    assert generate(named, [[1, 5, 9]], 1) == generate(tmp_path / "ckpt", [[1, 5, 9]], 1)
+
+
 def test_plan_knows_the_names_of_an_index(tmp_path):
     tiny = write_checkpoint(tmp_path / "hf", **SMALL)
     path = safetensors(tiny, copy_beside(tiny, tmp_path / "mindformers"), num_files=2)

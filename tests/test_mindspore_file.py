@@ -209,6 +209,31 @@ def outcome(data: bytes) -> str:
     return "read" if found == wanted else "refused"
 
 
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        (
+            b"PK\x03\x04" + bytes(30),
+            "is a file of torch.save; name it pytorch_model.bin if it holds",
+        ),
+        (b"\x80\x02}q\x00.", "is a pickle; name it pytorch_model.bin if it holds"),
+        (b"GGUF\x03\x00\x00\x00", "is a GGUF file of llama.cpp; give the checkpoint"),
+        (b"\x89HDF\r\n\x1a\n", "is an HDF5 file; give the checkpoint in safetensors."),
+        (
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "is a pointer of Git LFS; fetch the file",
+        ),
+        (b"<!DOCTYPE html>", "is a web page or XML; download the file again."),
+    ],
+)
+def test_another_kind_of_file_is_named(tmp_path, data, sentence):
+    path = tmp_path / "model.ckpt"
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError) as caught:
+        MindSporeFile(path)
+    assert f"{path} must be a MindSpore checkpoint, but {sentence}" in str(caught.value)
+
+
 @pytest.mark.parametrize("slice_bytes", [1 << 29, 20])
 def test_file_cut_anywhere_is_refused(slice_bytes):
     """Between two records by the model's names, elsewhere when it is opened; no exception but ours."""

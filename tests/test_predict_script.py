@@ -1,4 +1,7 @@
-"""scripts/run_llama2_predict.sh: what it runs; the program on PATH only says how it was called."""
+"""shardrun-predict and scripts/run_llama2_predict.sh: what becomes of MindFormers' arguments.
+
+The tests go through the script, and `shardrun` itself is replaced: it only says how it was called.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,19 @@ SCRIPT = Path(__file__).parent.parent / "scripts" / "run_llama2_predict.sh"
 MINDFORMERS_PROMPTS = ["I love Beijing, because", "LLaMA is a", "Huawei is a company that"]
 RECORDER = """
 import json, os, sys
-print(json.dumps({"arguments": sys.argv[1:], "environ": dict(os.environ), "pid": os.getpid()}))
+print(json.dumps({"arguments": sys.argv[1:], "environ": dict(os.environ)}))
+"""
+# shardrun-predict with RUN in place of `shardrun`: a function of its words that returns a status.
+PROGRAM = """
+import json, os, signal, sys, time
+from launcher.mindformers import predict
+
+def record(words):
+    print(json.dumps({"arguments": words, "environ": dict(os.environ)}))
+    return 0
+
+predict.run_command = RUN
+sys.exit(predict.main())
 """
 NASTY = [
     "one, two, three",
@@ -48,7 +63,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 def run(tmp_path: Path) -> Run:
     """Runs the script with `shardrun` replaced by a recorder, and no MindSpore variable set."""
     bin_dir = tmp_path / "bin"
-    write_program(bin_dir / "shardrun", RECORDER)
+    write_predict(bin_dir, "record")
     (tmp_path / "predict.yaml").write_text("parallel: {tp: 4}\n")
     (tmp_path / "weights").mkdir()
 
@@ -70,6 +85,10 @@ def write_program(path: Path, source: str) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(f"#!{sys.executable}\n{source}")
     path.chmod(0o755)
+
+
+def write_predict(bin_dir: Path, run: str) -> None:
+    write_program(bin_dir / "shardrun-predict", PROGRAM.replace("RUN", run))
 
 
 def environment(bin_dir: Path) -> dict[str, str]:
@@ -230,7 +249,7 @@ def test_a_wrong_command_line_is_refused_in_a_sentence(
     assert len(said) == 2
     assert sentence in said[0]
     assert said[0].endswith(".")
-    assert said[1].startswith("usage: run_llama2_predict.sh PARALLEL CONFIG_PATH CKPT_PATH")
+    assert said[1].startswith("usage: shardrun-predict PARALLEL CONFIG_PATH CKPT_PATH")
 
 
 def test_help_says_what_each_argument_means(run: Run) -> None:
@@ -240,7 +259,7 @@ def test_help_says_what_each_argument_means(run: Run) -> None:
 
 
 def test_the_exit_status_is_the_programs(run: Run, tmp_path: Path) -> None:
-    write_program(tmp_path / "bin" / "shardrun", "raise SystemExit(7)")
+    write_predict(tmp_path / "bin", "lambda words: 7")
     assert run("single", "predict.yaml", "weights").returncode == 7
 
 
@@ -249,13 +268,11 @@ def test_the_exit_status_is_the_programs(run: Run, tmp_path: Path) -> None:
 def test_a_signal_reaches_the_program(
     run: Run, tmp_path: Path, number: signal.Signals, texts: list[str]
 ) -> None:
-    source = f"""
-import signal, sys, time
-signal.signal({number.value}, lambda *_: sys.exit(42))
-print("ready", flush=True)
-time.sleep(60)
-"""
-    write_program(tmp_path / "bin" / "shardrun", source)
+    wait = (
+        f"lambda words: (signal.signal({number.value}, lambda *_: sys.exit(42)), "
+        "print('ready', flush=True), time.sleep(60))"
+    )
+    write_predict(tmp_path / "bin", wait)
     process = subprocess.Popen(
         [str(SCRIPT), "single", "predict.yaml", "weights", *texts],
         env=environment(tmp_path / "bin"),
@@ -273,8 +290,21 @@ time.sleep(60)
 def test_a_checkout_runs_without_being_installed(run: Run, tmp_path: Path) -> None:
     finished = run("single", "predict.yaml", "weights", "Hello", PATH=bare_path(tmp_path))
     recorded = record(finished)
-    assert recorded["arguments"][:3] == ["-m", "launcher", "generate"]
+    module = ["-P", "-m", "launcher.mindformers.predict"]
+    assert recorded["arguments"] == [*module, "single", "predict.yaml", "weights", "Hello"]
     assert recorded["environ"]["PYTHONPATH"].split(os.pathsep)[0] == str(SCRIPT.parent.parent)
+
+
+def test_a_checkout_runs_where_the_guide_has_the_script(run: Run, tmp_path: Path) -> None:
+    guide = tmp_path / "scripts" / "examples" / "llama2"
+    guide.mkdir(parents=True)
+    (guide / SCRIPT.name).symlink_to(SCRIPT)
+    done = subprocess.run(
+        [str(guide / SCRIPT.name), "single", "predict.yaml", "weights"],
+        env=environment(tmp_path) | {"PATH": bare_path(tmp_path)},
+        cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert record(done)["environ"]["PYTHONPATH"].split(os.pathsep)[0] == str(SCRIPT.parent.parent)
 
 
 def test_a_path_without_python_is_refused_in_a_sentence(run: Run, tmp_path: Path) -> None:
@@ -289,7 +319,7 @@ def bare_path(tmp_path: Path) -> str:
     """A PATH with a shell, a recorder called python, and no shardrun."""
     directory = tmp_path / "bare"
     write_program(directory / "python", RECORDER)
-    for name in ("bash", "dirname"):
+    for name in ("bash", "dirname", "readlink"):
         found = shutil.which(name)
         assert found
         (directory / name).symlink_to(found)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,12 @@ import yaml
 
 from launcher.config import compose
 from launcher.failures import USER_ERRORS
+from launcher.golden_stick.flags import APPROACHES, FLAGS
+from launcher.golden_stick.links import link_output, link_ranks
+from launcher.golden_stick.program import read_line
 from launcher.schema import QuantSection
+from parallel.checkpoint.readers.prepared import SHARD_FILE
 from quant.errors import QuantError
-from scripts.golden_stick.flags import FLAGS
-from scripts.quant_ckpt import words
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "quant_ckpt.py"
 DEMO = Path(__file__).parent.parent / "launcher" / "demo"
@@ -113,7 +118,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def translate(line: str) -> list[str]:
-    return words(shlex.split(line))
+    return read_line(shlex.split(line)).words
 
 
 def values(line: str) -> dict[str, str]:
@@ -197,6 +202,41 @@ def test_long_flags_mean_the_same() -> None:
     assert translate(long) == translate(short)
 
 
+def test_flags_are_read_in_any_case() -> None:
+    small = "-c m -q ptq -w int4 -a int8 -k int8 -o smooth -p gptq -ag per_token -wg per_group "
+    small += "-kvg per_token -s boolq.jsonl -t boolq -e false"
+    keys = ("-c", "-s")
+    words = small.split()
+    large = [
+        word if word.startswith("-") or words[at - 1] in keys else word.upper()
+        for at, word in enumerate(words)
+    ]
+    assert translate(shlex.join(large)) == translate(small)
+
+
+@pytest.mark.parametrize("approach", APPROACHES)
+@pytest.mark.parametrize("change", [str.upper, str.title])
+def test_an_approach_in_any_case_names_the_output_in_small_letters(
+    approach: str, change: Callable[[str], str]
+) -> None:
+    small = f"-c m -q {approach} -k int8" if approach == "ptq" else f"-c m -q {approach}"
+    assert translate(small.replace(approach, change(approach))) == translate(small)
+
+
+@pytest.mark.parametrize("data", [BOOLQ, "-s anything", "-t squad1.1", "-s dev.txt -t boolq"])
+def test_data_of_an_approach_that_is_not_calibrated_are_a_note(data: str) -> None:
+    line = read_line(shlex.split(f"-c m -q rtn-a16w8 {data}"))
+    assert line.words == translate("-c m -q rtn-a16w8")
+    used = " ".join(word for word in data.split() if word in ("-s", "-t"))
+    assert line.notes == [
+        f"not used: {used} (-q rtn-a16w8 is not calibrated, in Golden Stick neither)"
+    ]
+
+
+def test_the_english_guides_line_names_the_approach_by_a() -> None:
+    assert translate(f"-c m {BOOLQ} -a RTN-a16w8") == translate("-c m -q rtn-a16w8")
+
+
 @pytest.mark.parametrize(
     ("data", "path"),
     [
@@ -224,7 +264,7 @@ def test_shardrun_reads_the_words_of_quant(case: tuple[str, str, dict[str, str],
 
 @pytest.mark.parametrize("pattern", ["it's", 'a\\"b', "end\\", "x,y]", "null", "*.w2", "a b"])
 def test_any_pattern_of_b_arrives_as_it_is(pattern: str) -> None:
-    found = words(["-c", "m", "-q", "rtn-a16w8", "-b", pattern])
+    found = read_line(["-c", "m", "-q", "rtn-a16w8", "-b", pattern]).words
     quant = compose([word for word in found if word.startswith("quant")]).quant
     assert quant.modules_to_not_convert == ["lm_head", pattern]
 
@@ -321,7 +361,6 @@ def test_a_word_of_prepare_may_replace_what_no_flag_says() -> None:
         ("-c m -q omni", "but is 'omni'; write one of them."),
         ("-c m -q ptq -w int-8", "`-w` must be one of none, int8, int4, but is 'int-8'; did you "
          "mean int8?"),
-        ("-c m -q ptq -w INT8", "did you mean int8?"),
         ("-c m -q ptq -a int4", "`-a` must be one of none, int8"),
         ("-c m -q ptq -k fp8", "`-k` must be one of none, int8"),
         ("-c m -q ptq -o smoth", "did you mean smooth?"),
@@ -341,7 +380,7 @@ def test_a_word_of_prepare_may_replace_what_no_flag_says() -> None:
         ("-c m -q smooth_quant -o none", "`-o` must be smooth with -q smooth_quant"),
         ("-c m -q smooth_quant -k int8", "`-k` must be none with -q smooth_quant"),
         ("-c m -q smooth_quant -p gptq", "`-p` must be none with -q smooth_quant"),
-        (f"-c m -q rtn-a16w8 {BOOLQ}", "`-s` has no effect on -q rtn-a16w8"),
+        ("-c m -a int8", "required: -q/--approach"),
         ("-c m -q ptq -w int8 -t boolq", "`-t` is boolq, but there is no -s"),
         ("-c m -q ptq -s x.jsonl -t boolqq", "did you mean boolq?"),
         ("-c m -q ptq -s x.json -t squad1.1", "`-t` must be one of boolq, jsonl, wikitext2, text"),
@@ -432,6 +471,81 @@ def test_it_writes_the_shards_that_prepare_writes(tmp_path: Path, says_size: str
     for rank in ("rank_0", "rank_1"):
         ours = tmp_path / "output" / "demo_rtn-a16w8_ckpt" / rank / "model.safetensors"
         assert ours.read_bytes() == (tmp_path / "plain" / rank / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "alias", "file"),
+    [
+        ("-q RTN-a16w8", "rtn-a16w8_ckpt", "rtn-a16w8.ckpt"),
+        ("-q rtn-c8 -kvg per_token", "rtn-c8_ckpt", "rtn-c8.ckpt"),
+        ("-q ptq -w int8 -ag per_token -a int8", "ptq_no_smooth_a8dynw8_ckpt", "ptq.ckpt"),
+    ],
+)
+def test_the_paths_of_the_guide_lead_to_what_is_written(
+    tmp_path: Path, flags: str, alias: str, file: str
+) -> None:
+    line = read_line(["-c", "m", *shlex.split(flags)])
+    assert (line.alias, f"{line.approach}.ckpt") == (alias, file)
+    shards = [make_shard(line.output, rank) for rank in range(2)]
+    assert link_ranks(line.output, line.approach)
+    assert link_output(line.output, alias) == []
+    for rank, shard in enumerate(shards):
+        found = tmp_path / "output" / alias / f"rank_{rank}" / file
+        copied = shutil.copy(found, tmp_path / "copied.ckpt")
+        assert not copied.is_symlink()
+        assert copied.read_bytes() == shard.read_bytes()
+
+
+def test_one_process_of_several_makes_the_links(tmp_path: Path) -> None:
+    for rank in range(2):
+        make_shard(tmp_path / "output", rank)
+    assert link_ranks(tmp_path / "output", "ptq")
+    assert not link_ranks(tmp_path / "output", "ptq")
+
+
+def test_a_link_to_another_model_is_led_to_the_new_one_and_said(tmp_path: Path) -> None:
+    link = tmp_path / "rtn-a16w8_ckpt"
+    link.symlink_to("llama2_7b_rtn-a16w8_ckpt")
+    assert link_output(tmp_path / "llama2_13b_rtn-a16w8_ckpt", link.name) == [
+        f"{link} led to llama2_7b_rtn-a16w8_ckpt, and leads to llama2_13b_rtn-a16w8_ckpt now"
+    ]
+    assert os.readlink(link) == "llama2_13b_rtn-a16w8_ckpt"
+    assert sorted(os.listdir(tmp_path)) == ["m", link.name]
+
+
+@pytest.mark.parametrize("kind", ["directory", "file", "link elsewhere", "link of another name"])
+def test_what_stands_at_the_guides_path_is_left_and_said(tmp_path: Path, kind: str) -> None:
+    link = tmp_path / "ptq_ckpt"
+    if kind == "directory":
+        link.mkdir()
+    elif kind == "file":
+        link.write_text("mine")
+    else:
+        link.symlink_to("/data/a_ptq_ckpt" if kind == "link elsewhere" else "mine")
+    before = os.lstat(link)
+    (note,) = link_output(tmp_path / "m_ptq_ckpt", link.name)
+    assert note.startswith(f"{link} is left as it is")
+    assert os.lstat(link) == before
+
+
+def test_a_disk_that_takes_no_links_is_a_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    make_shard(tmp_path / "m_ptq_ckpt", 0)
+    monkeypatch.setattr(os, "symlink", refuse)
+    assert link_ranks(tmp_path / "m_ptq_ckpt", "ptq")
+    (note,) = link_output(tmp_path / "m_ptq_ckpt", "ptq_ckpt")
+    assert note.endswith("(Operation not permitted); use " + str(tmp_path / "m_ptq_ckpt"))
+
+
+def make_shard(output: Path, rank: int) -> Path:
+    folder = output / f"rank_{rank}"
+    folder.mkdir(parents=True)
+    (folder / SHARD_FILE).write_text(f"shard {rank}")
+    return folder / SHARD_FILE
 
 
 def test_it_ends_with_prepares_status(tmp_path: Path) -> None:

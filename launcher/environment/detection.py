@@ -13,6 +13,7 @@ from dataclasses import replace
 from launcher.environment import mindspore
 from launcher.environment.launcher import Launcher
 from launcher.environment.mpi import OPENMPI, PMI
+from launcher.environment.size import check_sizes
 from launcher.environment.slurm import SLURM
 from launcher.environment.torchrun import TORCHRUN, check_stray_rank
 from launcher.environment.variables import integer, positive
@@ -63,15 +64,23 @@ def detect(environ: Mapping[str, str], *, parent_pid: int = 0) -> WorkerEnvironm
     else:
         environment = _plain(environ)
     stray = None if TORCHRUN in found else positive(environ, "WORLD_SIZE")
-    return replace(environment, stray_size=stray)
+    environment = replace(environment, stray_size=stray)
+    if not environment.is_plain:
+        # At once: a rank of too few would wait for those that nobody starts.
+        check_sizes(environment, None)
+    return environment
 
 
 def _plain(environ: Mapping[str, str]) -> WorkerEnvironment:
     requested = positive(environ, "MS_WORKER_NUM")
+    return WorkerEnvironment(requested_size=requested, notes=_stale_notes(environ))
+
+
+def _stale_notes(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """MindSpore's variables that mean nothing without a role."""
     names = ("RANK_ID", "RANK_SIZE", "DEVICE_ID", "MS_NODE_ID")
     stale = [name for name in names if name in environ]
-    notes = (f"{', '.join(stale)} set without MS_ROLE: not used",) if stale else ()
-    return WorkerEnvironment(requested_size=requested, notes=notes)
+    return (f"{', '.join(stale)} set without MS_ROLE: not used",) if stale else ()
 
 
 def _ranked(
@@ -102,7 +111,7 @@ def _ranked(
         store=store,
         job=launcher.job(environ, parent_pid if store is None else 0),
         requested_size=positive(environ, "MS_WORKER_NUM"),
-        notes=_around(launcher.name, outer),
+        notes=(*_around(launcher.name, outer), *_stale_notes(environ)),
     )
 
 

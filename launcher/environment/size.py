@@ -2,8 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import LaunchError
+
+
+def check_sizes(environment: WorkerEnvironment, tp: int | None) -> dict[str, int]:
+    """Whoever says a number of ranks, and which.
+
+    Args:
+        tp: `parallel.tp`, or None where it is open.
+
+    Raises:
+        LaunchError: they do not say the same.
+    """
+    claims = {
+        f"{environment.launcher}'s number of ranks": environment.size,
+        "MS_WORKER_NUM": environment.requested_size,
+        "WORLD_SIZE": environment.stray_size,
+        "parallel.tp": tp,
+    }
+    said = {name: value for name, value in claims.items() if value is not None}
+    if len(set(said.values())) > 1:
+        raise LaunchError(
+            f"the number of ranks must be one, but {_listed(said)}; unset what is stale or make them "
+            "equal."
+        )
+    return said
 
 
 def decide_size(
@@ -19,22 +45,10 @@ def decide_size(
     Raises:
         LaunchError: the launcher's size, MS_WORKER_NUM and parallel.tp are not all the same.
     """
-    claims = {
-        f"{environment.launcher}'s number of ranks": environment.size,
-        "MS_WORKER_NUM": environment.requested_size,
-        "WORLD_SIZE": environment.stray_size,
-        "parallel.tp": tp,
-    }
-    said = {name: value for name, value in claims.items() if value is not None}
-    listed = ", ".join(f"{name}={value}" for name, value in said.items())
-    if len(set(said.values())) > 1:
-        raise LaunchError(
-            f"the number of ranks must be one, but {listed}; unset what is stale or make them "
-            "equal."
-        )
+    said = check_sizes(environment, tp)
     if environment.stray_size is not None and environment.is_plain:
         raise LaunchError(
-            f"WORLD_SIZE is set without RANK ({listed}); unset it, or launch with torchrun."
+            f"WORLD_SIZE is set without RANK ({_listed(said)}); unset it, or launch with torchrun."
         )
     if environment.requested_size is not None and tp is None and environment.is_plain:
         return environment.requested_size, (
@@ -46,3 +60,7 @@ def decide_size(
     if prepared is not None:
         return prepared, (f"the checkpoint was prepared for tp={prepared}: as many ranks start",)
     return default, ()
+
+
+def _listed(said: Mapping[str, int]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in said.items())

@@ -10,11 +10,10 @@ from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import ConfigError
 from launcher.job import tokenizer_path
 from launcher.output import new_directory, num_writers
-from launcher.resolve import checkpoint_path
+from launcher.resolve import checkpoint_path, model_overrides
 from launcher.schema import Config
 from parallel.checkpoint.layout import Layout
-from parallel.checkpoint.open import Checkpoint, open_checkpoint
-from parallel.checkpoint.readers.prepared import prepared_size
+from parallel.checkpoint.open import Checkpoint, open_checkpoint, own_size
 from quant.scheme import QuantScheme
 
 
@@ -52,12 +51,12 @@ def _open_prepared(config: Config) -> Checkpoint:
             "export needs `checkpoint`; write checkpoint=DIRECTORY of a prepared one."
         )
     path = checkpoint_path(config)
-    if prepared_size(path) is None:
+    if own_size(path) is None:
         raise ConfigError(
             f"`checkpoint` must be one that prepare wrote, but {path} is none; prepare it first, "
             "with the `quant` that you want."
         )
-    return open_checkpoint(path)
+    return open_checkpoint(path, model_overrides(config))
 
 
 def _write(
@@ -73,6 +72,7 @@ def _write(
             checkpoint.source,
             output,
             max_shard_bytes=config.export.max_shard_bytes,
+            overrides=model_overrides(config),
             tokenizer=tokenizer_path(config),
             num_threads=num_threads,
             on_bytes=bar.update,

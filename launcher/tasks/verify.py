@@ -16,8 +16,9 @@ from torch import Tensor
 
 from launcher.failures import RunError
 from launcher.job import Job, Prompt
+from launcher.original import open_original
 from launcher.ranks.rank import Rank
-from launcher.resolve import open_job, open_original
+from launcher.resolve import open_job
 from launcher.tasks.generate import make_loop, requests
 from launcher.tasks.loading import cache_length, open_decoder
 from parallel.checkpoint.open import Checkpoint

@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from parallel.checkpoint.json_file import read_json_object
-from parallel.checkpoint.mindformers.directory import find_model_file, read_model_file
+from parallel.checkpoint.mindformers.directory import (
+    find_model_file,
+    read_model_file,
+    yaml_files,
+)
 from parallel.checkpoint.readers.meta.config import PARAMS, read_meta_config
 from parallel.checkpoint.readers.meta.source import is_meta
 from parallel.errors import CheckpointError
@@ -32,7 +36,7 @@ def config_file(directory: Path) -> Path:
 
 
 def says_model(directory: Path) -> bool:
-    """Whether a directory says what its model is. Raises CheckpointError for several YAML files."""
+    """Whether a directory says what its model is."""
     return config_file(directory).exists()
 
 
@@ -64,6 +68,12 @@ def read_config_values(
 
 def _check_whole(directory: Path, shape: Mapping[str, Any]) -> None:
     missing = [key for key in _NEEDED if shape.get(key) is None]
+    if missing and (several := yaml_files(directory)):
+        raise CheckpointError(
+            f"{directory} must hold one YAML file, which says what the model is, but holds "
+            f"{', '.join(path.name for path in several)}; leave the one that belongs to the weights, or "
+            "give it as config=YAML."
+        )
     if len(missing) == len(_NEEDED):
         raise CheckpointError(
             f"{directory / CONFIG} is missing, which says what the model is; copy it beside the "

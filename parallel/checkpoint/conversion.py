@@ -20,6 +20,7 @@ from torch import Tensor
 from parallel.checkpoint.layout import Layout, StoredTensor
 from parallel.checkpoint.planned_file import PlannedFile, PlannedTensor, tensor_bytes
 from parallel.checkpoint.readers.prepared import SHARD_FILE
+from parallel.checkpoint.readers.shard_header import ShardHeader
 from parallel.checkpoint.shard import read_weight, source_name, weight_parts
 from parallel.checkpoint.source import DTYPE_BYTES, Source
 from parallel.checkpoint.unfinished import Journal
@@ -46,8 +47,9 @@ class ShardFile(PlannedFile):
             PlannedTensor(item.name, index_shape(item.index(rank, size)), item.dtype)
             for item in layout.tensors
         ]
-        # Ranks often have shards of equal shapes; the metadata tells one that was swapped.
-        super().__init__(folder / SHARD_FILE, entries, {"rank": str(rank), "tp": str(size)})
+        # Ranks often have shards of equal shapes; the header tells one that was swapped.
+        header = ShardHeader(rank, size, layout.scheme, layout.vocab_emb_dp)
+        super().__init__(folder / SHARD_FILE, entries, header.to_metadata())
 
 
 class Conversion:

@@ -45,6 +45,7 @@ def write_export(
     output: Path,
     *,
     max_shard_bytes: int,
+    overrides: Mapping[str, Any] | None = None,
     tokenizer: Path | None = None,
     num_threads: int = 1,
     on_bytes: Callable[[int], object] = lambda _: None,
@@ -55,6 +56,7 @@ def write_export(
         layout: of the prepared source.
         output: must not exist.
         max_shard_bytes: of the weights in a file; one tensor may be more.
+        overrides: values that stand in for those of config.json, also in the copy of it.
         tokenizer: a directory or a file; None: the one beside the source.
         num_threads: rows that are worked on at a time; memory is bounded by that many.
         on_bytes: told the bytes of each row when it is written.
@@ -67,7 +69,7 @@ def write_export(
     planned = {row.name: list(_plan_row(layout, row)) for row in layout.table.values()}
     shards = _deal(planned, max_shard_bytes)
     with renamed_when_whole(output) as directory:
-        config = _own_config(layout, read_config(source.path))
+        config = _own_config(layout, read_config(source.path, overrides))
         copy_files(source.path, directory, config, tokenizer)
         files = _open_files(directory, planned, shards)
 

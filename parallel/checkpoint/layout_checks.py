@@ -47,8 +47,8 @@ def check_source(table: Table, tensors: Mapping[str, TensorInfo], where: str) ->
             continue
         if tensors[name].shape != row.shape:
             raise CheckpointError(
-                f"{where}: {name} must have shape {list(row.shape)} by config.json, but has "
-                f"{list(tensors[name].shape)}; use the config.json of this checkpoint."
+                f"{where}: {name} must have shape {list(row.shape)} by the model's config, but has "
+                f"{list(tensors[name].shape)}; use the config.json, or the YAML, of this checkpoint."
             )
         if tensors[name].dtype not in FLOAT_DTYPES:
             raise CheckpointError(
@@ -77,5 +77,5 @@ def check_names(expected: set[str], names: Iterable[str], where: str) -> None:
     if extra:
         raise CheckpointError(
             f"{where} has {len(extra)} tensors that the model does not know, first {extra[0]}; "
-            "use the config.json of this checkpoint."
+            "use the config.json, or the YAML, of this checkpoint."
         )

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from parallel.checkpoint.layout import Layout, StoredTensor
-from parallel.checkpoint.readers.prepared import FORMAT_VERSION, MANIFEST
+from parallel.checkpoint.readers.prepared import MANIFEST
+from parallel.checkpoint.readers.shard_header import FORMAT_VERSION
 from parallel.checkpoint.source import Source
 
 

@@ -21,22 +21,34 @@ from parallel.checkpoint.layout_checks import check_names
 from parallel.checkpoint.mindformers.directory import ModelFile
 from parallel.checkpoint.readers.compressed import CompressedSource
 from parallel.checkpoint.readers.golden_stick.source import GoldenStickSource, check_unquantized
-from parallel.checkpoint.readers.golden_stick.statement import find_quantization, wished_scheme
+from parallel.checkpoint.readers.golden_stick.statement import (
+    find_quantization,
+    find_statement,
+    wished_scheme,
+)
 from parallel.checkpoint.readers.huggingface import (
     BIN_INDEX_NAME,
     INDEX_NAME,
     HuggingFaceSource,
     read_index,
 )
+from parallel.checkpoint.readers.loose_shards import LooseShards, find_shards, shards_size
 from parallel.checkpoint.readers.meta.source import MetaSource, is_meta
 from parallel.checkpoint.readers.mindformers.files import is_mindformers
 from parallel.checkpoint.readers.mindformers.names import by_hf_names
 from parallel.checkpoint.readers.mindformers.source import MindFormersSource
-from parallel.checkpoint.readers.prepared import PreparedSource, is_prepared
+from parallel.checkpoint.readers.prepared import PreparedSource, is_prepared, prepared_size
 from parallel.checkpoint.readers.random import RandomSource
+from parallel.checkpoint.readers.sharded import ShardedSource
 from parallel.checkpoint.regular_file import check_directory
 from parallel.checkpoint.source import Source
-from parallel.checkpoint.source_layout import only_scheme, prepared_layout, source_layout
+from parallel.checkpoint.source_layout import (
+    difference,
+    only_scheme,
+    prepared_layout,
+    source_layout,
+)
+from parallel.errors import CheckpointError
 from parallel.model.config import ModelConfig, token_ids
 from parallel.model.placements import linear_modules, placement_table
 from quant.scheme import QuantScheme
@@ -62,12 +74,12 @@ class Checkpoint:
     @property
     def prepared_size(self) -> int | None:
         """The tensor-parallel size it was prepared for, or None."""
-        return self.source.size if isinstance(self.source, PreparedSource) else None
+        return self.source.size if isinstance(self.source, ShardedSource) else None
 
     @property
     def own_scheme(self) -> QuantScheme | None:
         """The scheme that its files bring, which no other can stand in for; None: they bring none."""
-        if isinstance(self.source, PreparedSource | CompressedSource | GoldenStickSource):
+        if isinstance(self.source, ShardedSource | CompressedSource | GoldenStickSource):
             return self.source.scheme
         return None
 
@@ -138,7 +150,7 @@ def scheme_to_apply(path: Path) -> ModelFile | None:
     Raises:
         CheckpointError: the YAML, or a header of the weights, cannot be read.
     """
-    if is_prepared(path) or is_meta(path):
+    if is_prepared(path) or find_shards(path) or is_meta(path):
         return None
     return wished_scheme(path)
 
@@ -149,8 +161,8 @@ def describe_layout(
     """The layout of a directory from its config.json and, where there is one, its index alone."""
     values = read_config(path, overrides)
     config = _model_config(values, path)
-    if is_prepared(path):
-        return prepared_layout(config, PreparedSource(path), scheme, vocab_emb_dp=vocab_emb_dp)
+    if (sharded := _open_sharded(path, config)) is not None:
+        return prepared_layout(config, sharded, scheme, vocab_emb_dp=vocab_emb_dp)
     said = find_quantization(path, scheme)
     if said is not None and said.scheme is not None:
         own = only_scheme(path, said.scheme, scheme, said.path.name)
@@ -184,8 +196,8 @@ def _model_config(values: dict[str, Any], path: Path) -> ModelConfig:
 def _open_source(
     path: Path, config: ModelConfig, values: dict[str, Any], scheme: QuantScheme | None
 ) -> Source:
-    if is_prepared(path):
-        return PreparedSource(path)
+    if (sharded := _open_sharded(path, config)) is not None:
+        return sharded
     if is_meta(path):
         return MetaSource(path, config)
     if (said := find_quantization(path, scheme)) is not None:
@@ -199,6 +211,32 @@ def _open_source(
     linears = _compressed_linears(path, config, values)
     rows = placement_table(config, own_head=True).values()
     return CompressedSource(path, linears, {row.module: row.shape for row in rows if row.is_linear})
+
+
+def _open_sharded(path: Path, config: ModelConfig) -> ShardedSource | None:
+    """What `prepare` wrote: a directory of its own, or shards that were copied to another."""
+    if is_prepared(path):
+        return PreparedSource(path)
+    if not (files := find_shards(path)):
+        return None
+    source = LooseShards(path, files, config)
+    said = find_statement(path)
+    if said is not None and said.scheme is not None and said.scheme != source.scheme:
+        raise CheckpointError(
+            f"{path} holds shards that were prepared as {source.scheme.label}, but {said.path.name} "
+            f"says {said.scheme.label} ({difference(source.scheme, said.scheme)}); use the YAML of "
+            "their scheme."
+        )
+    return source
+
+
+def own_size(path: Path) -> int | None:
+    """The tensor-parallel size of what `prepare` wrote, with its manifest or copied without; None: it
+    is another's."""
+    if is_prepared(path):
+        return prepared_size(path)
+    files = find_shards(path)
+    return shards_size(files) if files else None
 
 
 def _compressed_linears(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from parallel.checkpoint.json_file import read_json_object
 from parallel.checkpoint.layout import Layout, make_layout
 from parallel.checkpoint.readers.huggingface import BIN_INDEX_NAME, INDEX_NAME, read_index
 from parallel.checkpoint.readers.prepared import SHARD_FILE, is_prepared
+from parallel.checkpoint.readers.shard_header import ShardHeader
 from parallel.checkpoint.side_files import COPIED_FILES, side_files
 from quant.scheme import QuantScheme
 
@@ -82,7 +84,8 @@ def prepared_bytes(
     """
     ranks = range(size) if ranks is None else ranks
     names = [len(tensor.name) for tensor in layout.tensors]
-    header = sum(names) + _HEADER_ENTRY * (len(names) + 1)
+    said = ShardHeader(size - 1, size, layout.scheme, layout.vocab_emb_dp).to_metadata()
+    header = sum(names) + _HEADER_ENTRY * (len(names) + 1) + len(json.dumps(said))
     manifest = 3 * sum(names) + (_MANIFEST_ENTRY + _MANIFEST_SHARD * size) * len(names)
     copied = _regular([*side_files(source, tokenizer).values()]) if source else []
     beside = sum(file.stat().st_size for file in copied)

@@ -11,8 +11,9 @@ from parallel.checkpoint.layout import SCALE_SUFFIX, Layout, input_zero_point_na
 from parallel.checkpoint.layout_checks import check_calibrated, check_source
 from parallel.checkpoint.readers.compressed import CompressedSource
 from parallel.checkpoint.readers.golden_stick.source import GoldenStickSource
-from parallel.checkpoint.readers.prepared import MANIFEST, PreparedSource
+from parallel.checkpoint.readers.prepared import MANIFEST
 from parallel.checkpoint.readers.random import RandomSource
+from parallel.checkpoint.readers.sharded import ShardedSource
 from parallel.checkpoint.source import Source
 from parallel.errors import CheckpointError
 from parallel.model.config import ModelConfig
@@ -29,7 +30,7 @@ def source_layout(
         CheckpointError: tensors do not fit the config, or the source is quantized already and another
             scheme is asked for.
     """
-    if isinstance(source, PreparedSource):
+    if isinstance(source, ShardedSource):
         return prepared_layout(config, source, scheme, vocab_emb_dp=vocab_emb_dp)
     if isinstance(source, RandomSource):
         assert scheme == source.scheme, "random weights are made for one scheme"
@@ -52,12 +53,13 @@ def _float_layout(
 
 
 def prepared_layout(
-    config: ModelConfig, source: PreparedSource, scheme: QuantScheme, *, vocab_emb_dp: bool
+    config: ModelConfig, source: ShardedSource, scheme: QuantScheme, *, vocab_emb_dp: bool
 ) -> Layout:
     if scheme.quant_method is not None and scheme != source.scheme:
         raise CheckpointError(
-            f"{source.path} was prepared as {source.scheme.label}; leave `quant` out, or prepare "
-            f"it from its source with the scheme that you want ({scheme.label})."
+            f"{source.path} was prepared as {source.scheme.label}, but `quant` asks for {scheme.label} "
+            f"({difference(source.scheme, scheme)}); leave `quant` out, or prepare it from its source "
+            "with the scheme that you want."
         )
     stored = _layout_of(config, source, source.scheme, vocab_emb_dp=source.vocab_emb_dp)
     check_calibrated(stored, source.tensors, str(source.path))
@@ -65,7 +67,14 @@ def prepared_layout(
     return _layout_of(config, source, source.scheme, vocab_emb_dp=vocab_emb_dp)
 
 
-def _check_prepared(layout: Layout, source: PreparedSource) -> None:
+def difference(own: QuantScheme, asked: QuantScheme) -> str:
+    """The first field in which two schemes differ, with its two values: `group_size 64, not 128`."""
+    mine, others = own.to_dict(), asked.to_dict()
+    key = next(key for key, value in mine.items() if value != others[key])
+    return f"{key} {mine[key]!r}, not {others[key]!r}"
+
+
+def _check_prepared(layout: Layout, source: ShardedSource) -> None:
     """The shards must be exactly those that `prepare` cuts for this config.json."""
     wanted = {tensor.name: (tensor.shape, tensor.dtype) for tensor in layout.tensors}
     found = {name: (info.shape, info.dtype) for name, info in source.tensors.items()}

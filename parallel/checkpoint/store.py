@@ -23,7 +23,7 @@ from parallel.checkpoint.layout import Layout
 from parallel.checkpoint.manifest import write_manifest
 from parallel.checkpoint.open import read_config
 from parallel.checkpoint.plan_disk import prepared_bytes, weight_files
-from parallel.checkpoint.readers.prepared import FORMAT_VERSION
+from parallel.checkpoint.readers.shard_header import FORMAT_VERSION
 from parallel.checkpoint.side_files import copy_files
 from parallel.checkpoint.source import Source
 from parallel.checkpoint.unfinished import Journal, Unfinished

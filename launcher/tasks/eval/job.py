@@ -10,6 +10,7 @@ from launcher.exam import Exam
 from launcher.failures import ConfigError
 from launcher.host.kernels import choose_kernel
 from launcher.job import Job, tokenizer_path
+from launcher.original import check_original
 from launcher.progress import open_bar
 from launcher.questions import (
     DEMO_TEMPLATE,
@@ -19,7 +20,7 @@ from launcher.questions import (
     make_questions,
     read_items,
 )
-from launcher.resolve import DEMO, Resolved, check_effects, check_gpus, check_original, resolve
+from launcher.resolve import DEMO, Resolved, check_effects, check_gpus, resolve
 from launcher.schema import Config, EvalSection
 from launcher.text import Tokenizer, num_shared, open_tokenizer
 from launcher.text_file import read_text

@@ -15,9 +15,10 @@ from typing import Any
 from tqdm import tqdm
 
 from launcher.job import Job
+from launcher.original import open_original
 from launcher.progress import open_bar
 from launcher.ranks.rank import Rank
-from launcher.resolve import open_job, open_original
+from launcher.resolve import open_job
 from launcher.tasks.eval.report import write_result
 from launcher.tasks.eval.result import ModelResult
 from launcher.tasks.loading import open_decoder

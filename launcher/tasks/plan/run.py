@@ -15,24 +15,17 @@ from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import ConfigError
 from launcher.host.device import check_names
 from launcher.host.kernels import check_kernel, packing_of
-from launcher.resolve import (
-    DEMO_TP,
-    check_generation,
-    checkpoint_path,
-    is_shape_alone,
-    model_overrides,
-)
-from launcher.schema import Config
+from launcher.resolve import DEMO_TP, check_generation, checkpoint_path, is_shape_alone
+from launcher.schema import Config, model_overrides
 from launcher.tasks.plan.machine import Machine, describe_machine
 from launcher.tasks.plan.report import Report
 from launcher.tasks.plan.sizes import plan_size
 from launcher.tasks.plan.table import print_report
 from parallel.checkpoint.layout import Layout, make_layout
-from parallel.checkpoint.open import describe_layout
+from parallel.checkpoint.open import describe_layout, own_size
 from parallel.checkpoint.plan import Workload, unsupported_reason
 from parallel.checkpoint.plan_disk import SourceSize, source_size
 from parallel.checkpoint.plan_fit import obstacles
-from parallel.checkpoint.readers.prepared import prepared_size
 from parallel.model.config import ModelConfig
 
 _DEFAULT_LENGTH = 4096
@@ -65,7 +58,7 @@ def run(config: Config, environment: WorkerEnvironment) -> None:
 
 def _decide_tp(config: Config, environment: WorkerEnvironment) -> int:
     default = DEMO_TP if config.checkpoint is None and not model_overrides(config) else 1
-    own = prepared_size(checkpoint_path(config)) if config.checkpoint else None
+    own = own_size(checkpoint_path(config)) if config.checkpoint else None
     size, notes = decide_size(environment, config.parallel.tp, own, default)
     for note in notes:
         print(f"shardrun: {note}", file=sys.stderr)

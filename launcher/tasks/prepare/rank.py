@@ -12,7 +12,8 @@ from launcher.job import tokenizer_path
 from launcher.output import num_writers
 from launcher.progress import open_bar
 from launcher.ranks.rank import Rank
-from launcher.resolve import model_overrides, open_job
+from launcher.resolve import open_job
+from launcher.schema import model_overrides
 from launcher.tasks.prepare.calibrate import calibrate_rank
 from launcher.tasks.prepare.job import calibrates
 from launcher.tasks.prepare.report import Report, write_report

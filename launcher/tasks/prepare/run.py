@@ -9,8 +9,8 @@ from pathlib import Path
 from launcher.environment.worker import WorkerEnvironment
 from launcher.job import tokenizer_path
 from launcher.output import num_writers
-from launcher.resolve import Resolved, model_overrides, resolve
-from launcher.schema import Config
+from launcher.resolve import Resolved, resolve
+from launcher.schema import Config, model_overrides
 from launcher.tasks.prepare.job import check_prepare, check_ranks
 
 

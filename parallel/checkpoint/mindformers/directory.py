@@ -42,27 +42,23 @@ class ModelFile:
 
 
 def find_model_file(directory: Path) -> Path | None:
-    """The one YAML of a directory; None: there is none.
+    """The one YAML of a directory; None: there is none, or there are several."""
+    found = yaml_files(directory)
+    return found[0] if len(found) == 1 else None
 
-    Raises:
-        CheckpointError: there are several.
-    """
-    found = sorted(path for suffix in _SUFFIXES for path in directory.glob(suffix))
-    if len(found) > 1:
-        raise CheckpointError(
-            f"{directory} must hold one YAML file, which says what the model is, but holds "
-            f"{', '.join(path.name for path in found)}; leave the one that belongs to the weights."
-        )
-    return found[0] if found else None
+
+def yaml_files(directory: Path) -> list[Path]:
+    """All YAML files of a directory, by name."""
+    return sorted(path for suffix in _SUFFIXES for path in directory.glob(suffix))
 
 
 def is_model_file(directory: Path) -> bool:
     """Whether a directory has one YAML, and that is MindFormers'."""
-    found = [path for suffix in _SUFFIXES for path in directory.glob(suffix)]
-    if len(found) != 1:
+    found = find_model_file(directory)
+    if found is None:
         return False
     try:
-        model = read_yaml_mapping(found[0]).get("model")
+        model = read_yaml_mapping(found).get("model")
     except CheckpointError:
         return False
     return isinstance(model, dict) and "model_config" in model

@@ -26,6 +26,7 @@ from parallel.checkpoint.source import DTYPE_BYTES, DTYPE_NAMES, TensorInfo
 from parallel.errors import CheckpointError
 
 _METADATA = "__metadata__"
+_LENGTH_BYTES = 8
 _FIELDS = {"dtype", "shape", "data_offsets"}
 # Of a header; those of the largest models have a few MB, and JSON in memory takes twenty times as much.
 _MOST_BYTES = 32 << 20
@@ -47,6 +48,18 @@ class Header:
     metadata: Mapping[str, str]
     size: int
     sha256: str
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as one, whatever it is called: a length that it has, and a mapping."""
+    check_regular(path)
+    try:
+        with path.open("rb") as file:
+            head, size = file.read(_LENGTH_BYTES + 1), file.seek(0, 2)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({reason(error)}); copy it again.") from error
+    length = int.from_bytes(head[:_LENGTH_BYTES], "little")
+    return head[_LENGTH_BYTES:] == b"{" and length <= size - _LENGTH_BYTES
 
 
 def read_header(path: Path) -> Header:

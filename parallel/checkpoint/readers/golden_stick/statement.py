@@ -21,6 +21,18 @@ from parallel.checkpoint.source import FLOAT_DTYPES
 from quant.scheme import QuantScheme
 
 
+def find_statement(path: Path) -> ModelFile | None:
+    """The YAML of a directory that says a scheme, whatever its weights are; None: none does.
+
+    Beside a config.json a YAML may be anything, and is looked at only if it is the one and theirs.
+    """
+    if (path / CONFIG).exists() and not is_model_file(path):
+        return None
+    found = find_model_file(path)
+    said = read_model_file(found) if found else None
+    return said if said and said.scheme and said.scheme.quant_method else None
+
+
 def find_quantization(path: Path, asked: QuantScheme | None = None) -> ModelFile | None:
     """What says how the weights of a directory were quantized; None: they were not.
 
@@ -30,7 +42,7 @@ def find_quantization(path: Path, asked: QuantScheme | None = None) -> ModelFile
     Raises:
         CheckpointError: the YAML that stands in for a config.json is not read.
     """
-    said = _model_file(path)
+    said = find_statement(path)
     if said is not None:
         return None if _holds_floats(path) else said
     if asked is None or asked.quant_method is None:
@@ -42,18 +54,8 @@ def find_quantization(path: Path, asked: QuantScheme | None = None) -> ModelFile
 
 def wished_scheme(path: Path) -> ModelFile | None:
     """The YAML that says how to quantize the float weights of a directory; None: none does."""
-    said = _model_file(path)
+    said = find_statement(path)
     return said if said is not None and _holds_floats(path) else None
-
-
-def _model_file(path: Path) -> ModelFile | None:
-    """The YAML with a scheme. Beside a config.json a YAML may be anything, and is looked at only if
-    it is the one and theirs."""
-    if (path / CONFIG).exists() and not is_model_file(path):
-        return None
-    found = find_model_file(path)
-    said = read_model_file(found) if found else None
-    return said if said and said.scheme and said.scheme.quant_method else None
 
 
 def _holds_floats(path: Path) -> bool:

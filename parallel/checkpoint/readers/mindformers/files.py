@@ -16,6 +16,7 @@ from parallel.checkpoint.readers.mindformers.names import is_mindformers_name
 from parallel.checkpoint.readers.mindformers.strategy import is_strategy
 from parallel.checkpoint.readers.mindspore.file import MindSporeFile
 from parallel.checkpoint.readers.safetensors_file import SafetensorsFile
+from parallel.checkpoint.readers.safetensors_header import is_safetensors
 from parallel.checkpoint.source import TensorFile
 from parallel.errors import CheckpointError
 
@@ -144,7 +145,8 @@ def common_names(ranks: Sequence[WeightFiles]) -> list[str]:
 
 
 def _open_file(path: Path) -> TensorFile:
-    return MindSporeFile(path) if path.suffix == ".ckpt" else SafetensorsFile(path)
+    is_mindspore = path.suffix == ".ckpt" and not is_safetensors(path)
+    return MindSporeFile(path) if is_mindspore else SafetensorsFile(path)
 
 
 def _is_part(folder: Path) -> bool:

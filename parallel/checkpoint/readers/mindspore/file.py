@@ -33,6 +33,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BLOCK_BYTES = 1 << 20
+# What else people have under this name, by how it begins.
+_OTHERS: Mapping[bytes, str] = {
+    b"PK\x03\x04": "a file of torch.save; name it pytorch_model.bin if it holds a Hugging Face model",
+    b"\x80": "a pickle; name it pytorch_model.bin if it holds a Hugging Face model",
+    b"GGUF": "a GGUF file of llama.cpp; give the checkpoint that it was converted from",
+    b"\x89HDF": "an HDF5 file; give the checkpoint in safetensors",
+    b"version https://git-lfs": "a pointer of Git LFS; fetch the file itself with git lfs pull",
+    b"<": "a web page or XML; download the file again",
+}
+_BEGINNING_BYTES = max(map(len, _OTHERS))
 
 
 class MindSporeFile:
@@ -153,7 +163,7 @@ def _fresh(view: Tensor) -> Tensor:
 def _scan(path: Path, size: int) -> Records:
     try:
         with path.open("rb") as file:
-            _check_beginning(path, file.read(1))
+            _check_beginning(path, file.read(_BEGINNING_BYTES))
             return scan_records(file, size)
     except FieldError as error:
         raise CheckpointError(
@@ -164,10 +174,13 @@ def _scan(path: Path, size: int) -> Records:
         raise CheckpointError(f"{path} cannot be read ({reason(error)}); copy it again.") from error
 
 
-def _check_beginning(path: Path, first: bytes) -> None:
-    """Every record of a plain file begins with the same byte."""
-    if first != b"\n":
-        what = f"begins with 0x{first.hex()}" if first else "is empty"
+def _check_beginning(path: Path, found: bytes) -> None:
+    """Every record of a plain file begins with the same byte; other kinds of file are named."""
+    for beginning, what in _OTHERS.items():
+        if found.startswith(beginning):
+            raise CheckpointError(f"{path} must be a MindSpore checkpoint, but is {what}.")
+    if not found.startswith(b"\n"):
+        what = f"begins with 0x{found[:1].hex()}" if found else "is empty"
         raise CheckpointError(
             f"{path} must begin with a record of a tensor, but {what}; copy it again, or, if it is "
             "encrypted, load it with its key in MindSpore and save it without."

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from launcher.failures import ConfigError
-from scripts.golden_stick.flags import APPROACHES, DATASETS, FLAGS, WITHOUT_COUNTERPART, listed
+from launcher.golden_stick.flags import APPROACHES, DATASETS, FLAGS, WITHOUT_COUNTERPART, listed
 
 
 class _Parser(argparse.ArgumentParser):
@@ -30,8 +30,8 @@ def _make_parser(description: str | None) -> argparse.ArgumentParser:
             short, f"--{long}", dest=short, metavar="…", action=action, help=text, **more
         )
 
-    add("-c", "config_path", "a MindFormers YAML, or a checkpoint's directory", required=True)
-    add("-q", "approach", listed(APPROACHES), required=True)
+    add("-c", "config_path", "needed: a MindFormers YAML, or a checkpoint's directory")
+    add("-q", "approach", f"needed: {listed(APPROACHES)}")
     add("-s", "dataset_path", "calibration data: JSONL or text")
     add("-t", "dataset_type", f"what kind of data -s is: {listed(DATASETS)}")
     for flag in FLAGS:
@@ -42,7 +42,7 @@ def _make_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def parse(argv: list[str], description: str | None) -> tuple[dict[str, Any], dict[str, str]]:
+def parse(argv: Sequence[str], description: str | None) -> tuple[dict[str, Any], dict[str, str]]:
     """The flags that were given, by their short names, and prepare's own words.
 
     Args:
@@ -65,6 +65,7 @@ def parse(argv: list[str], description: str | None) -> tuple[dict[str, Any], dic
             raise ConfigError(_stray_word(key, parser))
         own[key] = value
     given |= {short: _one(short, given[short]) for short in given.keys() - {"-b"}}
+    _take_approach(given)
     _check_counterparts(given)
     return given, own
 
@@ -83,9 +84,18 @@ def _one(short: str, values: list[str]) -> str:
     return values[0]
 
 
+def _take_approach(given: dict[str, Any]) -> None:
+    """The English guide writes `-a rtn-a16w8`, which is no dtype of activations."""
+    if "-q" not in given and str(given.get("-a")).lower() in APPROACHES:
+        given["-q"] = given.pop("-a")
+    needed = {"-c": "--config_path", "-q": "--approach"}
+    if missing := [f"{short}/{long}" for short, long in needed.items() if short not in given]:
+        raise ConfigError(f"the following arguments are required: {listed(missing)}; see --help.")
+
+
 def _check_counterparts(given: Mapping[str, Any]) -> None:
     for short, (long, nothing) in WITHOUT_COUNTERPART.items():
-        if given.get(short, nothing) != nothing:
+        if str(given.get(short, nothing)).lower() != nothing:
             raise ConfigError(
                 f"`{short}` ({long}) is {given[short]!r}, but shardrun prepare has nothing like it; "
                 "leave it out."

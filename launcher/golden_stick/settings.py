@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from launcher.failures import ConfigError
-from scripts.golden_stick.flags import DATASETS, FLAGS, Approach, choose
+from launcher.golden_stick.flags import DATASETS, FLAGS, Approach, choose
+from launcher.hydra_list import hydra_list
 
 
 def read_settings(given: Mapping[str, Any], approach: Approach) -> dict[str, str]:
@@ -53,26 +53,30 @@ def left_out(modules: list[str], approach: Approach, settings: Mapping[str, str]
             )
         return {}
     patterns = dict.fromkeys([*approach.left_out, *modules])
-    return {"quant.modules_to_not_convert": f"[{','.join(map(_quoted, patterns))}]"}
+    return {"quant.modules_to_not_convert": hydra_list(patterns)}
 
 
-def _quoted(text: str) -> str:
-    """By Hydra's rules: a quote gets a backslash, and backslashes before a quote are doubled."""
-    text = re.sub(r'(\\*)"', r'\1\1\\"', text)
-    return '"' + re.sub(r"(\\+)\Z", r"\1\1", text) + '"'
-
-
-def data_words(given: Mapping[str, Any], settings: Mapping[str, str]) -> dict[str, str]:
-    """`-s`, if it is what -t says it is."""
+def data_words(given: Mapping[str, Any], approach: Approach) -> dict[str, str]:
+    """`-s`, if it is what -t says it is; neither where nothing is calibrated."""
     path, kind = given.get("-s"), given.get("-t")
+    if not approach.calibrates:
+        return {}
     is_jsonl = None if kind is None else DATASETS[choose("-t", kind, DATASETS)]
     if path is None:
         if kind is not None:
             raise ConfigError(f"`-t` is {kind}, but there is no -s; give the file, or drop -t.")
         return {}
-    if given["-q"] == "rtn-a16w8":
-        raise ConfigError("`-s` has no effect on -q rtn-a16w8, which is not calibrated; drop it.")
     if is_jsonl is not None and is_jsonl != path.endswith(".jsonl"):
         rule = "end in .jsonl" if is_jsonl else "be plain text, not .jsonl"
         raise ConfigError(f"`-s` must {rule} with -t {kind}, but is {path!r}; correct one of them.")
     return {"calibration.data": path}
+
+
+def data_notes(given: Mapping[str, Any], approach: Approach) -> list[str]:
+    """The guide's line gives data to an approach that reads none, as Golden Stick does not."""
+    unused = [short for short in ("-s", "-t") if short in given]
+    if approach.calibrates or not unused:
+        return []
+    return [
+        f"not used: {' '.join(unused)} (-q {given['-q']} is not calibrated, in Golden Stick neither)"
+    ]

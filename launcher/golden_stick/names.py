@@ -49,10 +49,11 @@ def _check_unquantized(path: str, keys: Mapping[str, Any]) -> None:
             )
 
 
-def output_name(model: str, approach: str, settings: Mapping[str, str]) -> str:
-    """Golden Stick's name: llama2_13b_rtn-a16w8_ckpt, llama2_13b_ptq_smooth_a8w8c8_ckpt."""
+def output_name(approach: str, settings: Mapping[str, str]) -> str:
+    """Golden Stick's name of what is written, behind the model's: rtn-a16w8_ckpt,
+    ptq_smooth_a8w8c8_ckpt."""
     if approach != "ptq":
-        return f"{model}_{approach}_ckpt"
+        return f"{approach}_ckpt"
     suppression = "no_smooth" if settings["-o"] == "none" else settings["-o"]
     recovery = "" if settings["-p"] == "none" else "_gptq"
     activations = {"none": "a16", "int8": "a8"}[settings["-a"]]
@@ -60,4 +61,4 @@ def output_name(model: str, approach: str, settings: Mapping[str, str]) -> str:
         activations += "dyn"
     weights = {"none": "w16", "int8": "w8", "int4": "w4"}[settings["-w"]]
     cache = "" if settings["-k"] == "none" else "c8"
-    return f"{model}_ptq_{suppression}{recovery}_{activations}{weights}{cache}_ckpt"
+    return f"ptq_{suppression}{recovery}_{activations}{weights}{cache}_ckpt"

@@ -36,11 +36,13 @@ class Approach:
     Attributes:
         fixed: what the preset says of -w -a -k -o -p, where it is not none; None: they say it.
         left_out: the modules it leaves alone. PTQ walks decoder layers, and lm_head is in none.
+        calibrates: whether it reads data.
     """
 
     preset: str
     fixed: Mapping[str, str] | None
     left_out: tuple[str, ...]
+    calibrates: bool = True
 
 
 FLAGS = (
@@ -69,7 +71,7 @@ FLAGS = (
     Flag("-g", "group_size", "group_size", ("0", "32", "64", "128"), "-w"),
 )
 APPROACHES = {
-    "rtn-a16w8": Approach("rtn_a16w8", {"-w": "int8"}, ("lm_head",)),
+    "rtn-a16w8": Approach("rtn_a16w8", {"-w": "int8"}, ("lm_head",), calibrates=False),
     "rtn-c8": Approach("rtn_c8", {"-k": "int8"}, ()),
     "smooth_quant": Approach(
         "smooth_quant", {"-w": "int8", "-a": "int8", "-o": "smooth"}, ("lm_head", "w2")
@@ -80,7 +82,7 @@ APPROACHES = {
 # finds BoolQ's question and passage by itself.
 DATASETS = {"boolq": True, "jsonl": True, "wikitext2": False, "text": False}
 # Flags that prepare has nothing for, and the one value that asks for nothing.
-WITHOUT_COUNTERPART = {"-e": ("debug_mode", "False"), "-d": ("dump_path", "")}
+WITHOUT_COUNTERPART = {"-e": ("debug_mode", "false"), "-d": ("dump_path", "")}
 # The keys that their other flags set.
 KEYS = {
     "-q": "quant", "-s": "calibration.data", "-b": "quant.modules_to_not_convert",
@@ -93,8 +95,9 @@ def listed(names: Iterable[str]) -> str:
 
 
 def choose(short: str, value: str, known: Iterable[str]) -> str:
-    if value in (known := list(known)):
-        return value
+    """The one of `known`, all of small letters, that a value is in any case."""
+    if value.lower() in (known := list(known)):
+        return value.lower()
     close = get_close_matches(value.lower(), known, n=1, cutoff=0.4)
     hint = f"did you mean {close[0]}?" if close else "write one of them."
     raise ConfigError(f"`{short}` must be one of {listed(known)}, but is {value!r}; {hint}")
