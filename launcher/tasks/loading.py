@@ -42,8 +42,9 @@ def open_decoder(
         scheme or config.quant.scheme(), vocab_emb_dp=config.parallel.vocab_emb_dp
     )
     dtype = resolve_dtype(config.dtype, checkpoint.config.dtype, rank.device)
+    rank.say_doing("loading weights")
     with _loading_bar(rank, layout.rank_bytes(group.rank, group.size)) as bar:
-        return load_decoder(
+        loaded = load_decoder(
             layout,
             checkpoint.source,
             group,
@@ -54,6 +55,8 @@ def open_decoder(
             exact_sums=config.parallel.exact_sums,
             on_bytes=bar.update,
         )
+    rank.say_doing("")
+    return loaded
 
 
 def _loading_bar(rank: Rank, num_bytes: int) -> tqdm[Any]:
