@@ -244,6 +244,15 @@ def test_killed_worker_is_named_and_nothing_is_left(launch, tmp_path, rank):
     assert set(os.listdir("/dev/shm")) <= segments
 
 
+def test_worker_that_is_missing_is_said_without_a_terminal(launch, tmp_path):
+    scheduler, first, second = start_mindspore(launch, tmp_path, 2, "task=generate")
+    second.kill()  # long before it has imported torch
+    for who, process in (("the scheduler", scheduler), ("rank 0", first)):
+        line = process.stderr.readline()
+        assert line.startswith(f"shardrun: {who} waits for rank 1 of 2 to arrive, until "), line
+        assert line.endswith(" (MS_TOPO_TIMEOUT=60)\n")
+
+
 def test_survivors_of_hand_set_variables_notice_by_themselves(launch, tmp_path):
     processes = start_mindspore(launch, tmp_path, 2, "task=generate", *LONG)
     wait_for_text(processes[1])

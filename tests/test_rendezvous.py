@@ -323,7 +323,7 @@ def test_a_rank_that_ended_well_is_not_lost(pair: list[Member]) -> None:
 def test_a_rank_that_is_behind_is_named_at_the_deadline(pair: list[Member]) -> None:
     watches = [Watch(member, print) for member in pair]
     for watch, count in zip(watches, (7, 5), strict=True):
-        watch.follow(lambda count=count: count)
+        watch.follow(lambda count=count: count, 300)
         watch.start()
     time.sleep(2 * BEAT_S)
     with pytest.raises(StuckRankError) as caught:

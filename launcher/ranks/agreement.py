@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from launcher.ranks.arrival import wait_for
 from launcher.ranks.deadline import Deadline
 from launcher.ranks.long_text import get_text, set_text
 from launcher.ranks.member import Member
+from launcher.ranks.notice import Notice
 from launcher.run_dir import RunDir
 
 # Checks the job of this process's own command line, its prompts only if asked to; returns it with
@@ -32,13 +32,15 @@ def agree(member: Member, make_job: JobMaker, deadline: Deadline) -> tuple[Job, 
         if member.rank == 0:
             _publish(member, job)
             for note in notes:
-                print(f"shardrun: {note}", file=sys.stderr, flush=True)
+                print(f"shardrun: {note}", file=member.console, flush=True)
     except USER_ERRORS as error:
         problem = str(error)
     if member.rank == 0 and problem:
         member.store.set("job/0", "")
-    problem = problem or _compare(member, job, deadline)
-    _exchange_verdicts(member, problem, deadline)
+    with Notice(member.console, f"rank {member.rank}", deadline).given() as notice:
+        notice.elect(member.store, "agreement")
+        problem = problem or _compare(member, job, deadline, notice)
+        _exchange_verdicts(member, problem, deadline, notice)
     run_dir = RunDir(Path(member.store.get("run_dir").decode()))
     config_text = member.store.get("job/config").decode()
     return Job.from_texts(config_text, get_text(member.store, "job/prompts")), run_dir
@@ -52,9 +54,12 @@ def _publish(member: Member, job: Job) -> None:
     member.store.set("job/0", "published")
 
 
-def _compare(member: Member, job: Job | None, deadline: Deadline) -> str:
+def _compare(member: Member, job: Job | None, deadline: Deadline, notice: Notice) -> str:
     assert job is not None
-    if not wait_for(member.store, "job", 1, deadline, "read its job")[0]:
+    (published,) = wait_for(
+        member.store, "job", member.size, deadline, notice, "read its job", ranks=[0]
+    )
+    if not published:
         return ""
     theirs = Job.from_texts(member.store.get("job/config").decode(), "")
     difference = first_difference(job.config, theirs.config)
@@ -62,11 +67,11 @@ def _compare(member: Member, job: Job | None, deadline: Deadline) -> str:
     return f"{rule}, but {difference}" if difference else ""
 
 
-def _exchange_verdicts(member: Member, problem: str, deadline: Deadline) -> None:
+def _exchange_verdicts(member: Member, problem: str, deadline: Deadline, notice: Notice) -> None:
     """Raises ConfigError on every rank if any has a problem."""
     member.store.set(f"verdict/{member.rank}", problem)
     for rank, verdict in enumerate(
-        wait_for(member.store, "verdict", member.size, deadline, "read its job")
+        wait_for(member.store, "verdict", member.size, deadline, notice, "read its job")
     ):
         if verdict:
             raise ConfigError(f"rank {rank}: {verdict.decode()}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -11,7 +12,9 @@ import torch
 import torch.distributed as dist
 
 from launcher.failures import ConfigError
+from launcher.ranks.deadline import Deadline
 from launcher.ranks.member import Member
+from launcher.ranks.notice import Notice
 from launcher.ranks.place import Place, is_running, is_stopped
 from launcher.ranks.watch import Watch
 from launcher.schema import ParallelSection
@@ -22,6 +25,9 @@ from parallel.collectives.signals import is_ordered_processor
 from parallel.collectives.two_level import TwoLevelGroup
 from parallel.errors import PeerError
 from parallel.group import Group, LoneGroup
+
+# Each run begins with such a wait: it must not be felt.
+_POLL_S = 1e-3
 
 
 def in_words() -> str:
@@ -147,25 +153,36 @@ class _Opening:
             if rank == leader:
                 segment = Segment.create(num_bytes)
                 store.set(f"path/{rank}", segment.path)
-            elif path := self._wait_for(store, [f"path/{leader}"])[0]:
+            elif path := self._wait_for(store, "path", [leader])[0]:
                 segment = Segment.attach(path, num_bytes)
         except SegmentError as error:
             problem = str(error)
             if rank == leader:
                 store.set(f"path/{rank}", "")
         store.set(f"problem/{rank}", problem)
-        problems = self._wait_for(store, [f"problem/{each}" for each in range(self._member.size)])
+        problems = self._wait_for(store, "problem", range(self._member.size))
         if segment is not None:
             segment.forget_path()
         first = next((f"rank {each}: {text}" for each, text in enumerate(problems) if text), "")
         return (None if first else segment), first
 
-    def _wait_for(self, store: dist.Store, keys: list[str]) -> list[str]:
+    def _wait_for(self, store: dist.Store, what: str, ranks: Sequence[int]) -> list[str]:
+        """The values of `what/RANK`; who is missing is said."""
+        member = self._member
+        deadline = Deadline(self._section.timeout_s, "parallel.timeout_s")
+        missing = ranks
         try:
-            store.wait(keys, timedelta(seconds=self._section.timeout_s))
-            return [store.get(key).decode() for key in keys]
+            with Notice(member.console, f"rank {member.rank}", deadline).given() as notice:
+                notice.elect(store, f"{what}/{ranks[0]}")
+                while missing := [each for each in missing if not store.check([f"{what}/{each}"])]:
+                    listed = ", ".join(map(str, missing))
+                    notice.whom = f"rank {listed} of {member.size} to connect"
+                    if deadline.is_over:
+                        raise PeerError(self._watch.describe_failure("connecting the ranks"))
+                    time.sleep(_POLL_S)
+            return [store.get(f"{what}/{each}").decode() for each in ranks]
         except dist.DistError as error:
-            raise PeerError(self._watch.describe_failure("sharing memory")) from error
+            raise PeerError(self._watch.describe_failure("connecting the ranks")) from error
 
     def _over_network(self) -> TorchGroup:
         """gloo or NCCL between all ranks."""
@@ -175,10 +192,14 @@ class _Opening:
         is_gpu = self._device.type == "cuda"
         if is_gpu:
             torch.cuda.set_device(self._device)
+        store = dist.PrefixStore("group", self._member.store)
+        store.set(f"connects/{self._member.rank}", "")
+        # torch's own wait, which follows, would be silent.
+        self._wait_for(store, "connects", range(self._member.size))
         try:
             dist.init_process_group(
                 "nccl" if is_gpu else "gloo",
-                store=dist.PrefixStore("group", self._member.store),
+                store=store,
                 rank=self._member.rank,
                 world_size=self._member.size,
                 timeout=timedelta(seconds=self._section.timeout_s),

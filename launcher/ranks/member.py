@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TextIO
 
 import torch.distributed as dist
 
@@ -15,6 +16,7 @@ class Member:
 
     Attributes:
         store_host: who hosts the store, in words.
+        console: where this rank says what it waits for.
     """
 
     store: dist.Store
@@ -24,6 +26,7 @@ class Member:
     places: list[Place]
     hosts_store: bool
     store_host: str
+    console: TextIO
 
     @property
     def is_one_host(self) -> bool:

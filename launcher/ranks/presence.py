@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from launcher.ranks.notice import Notice
 from launcher.ranks.place import Place, is_here, is_running
 
 # A rank on another machine that has been silent for so long is taken for dead.
@@ -60,6 +61,10 @@ class Presence:
         beat = self._beat(rank)
         return int(beat.split()[1]) if beat else 0
 
+    def doing(self, rank: int) -> str:
+        """What the rank was at when it last beat; "" where it does not say."""
+        return b" ".join(self._beat(rank).split()[2:]).decode()
+
     def end(self, rank: int) -> dict[str, Any] | None:
         """What `write_end` left for a rank; None if it has not ended, or went without a word."""
         key = f"ended/{rank}"
@@ -70,8 +75,11 @@ class Presence:
         place = self.places[ranks[0]]
         return f"rank {', '.join(map(str, ranks))} (host {place['host']}, pid {place['pid']})"
 
-    def wait_for_ends(self) -> list[dict[str, Any] | None]:
+    def wait_for_ends(self, notice: Notice | None = None) -> list[dict[str, Any] | None]:
         """How each rank ended, once all have; None for one that went without a word.
+
+        Args:
+            notice: of a process that is done itself.
 
         After a failure the others have GRACE_S to leave; who hangs is not waited for.
         """
@@ -86,6 +94,9 @@ class Presence:
                 failed_at = min(failed_at, time.monotonic())
             if time.monotonic() - failed_at > GRACE_S:
                 return ends
+            if notice is not None:
+                notice.whom = f"{self.describe(*open_ranks)} to end"
+                notice.look()
             time.sleep(_POLL_S)
 
     def _beat(self, rank: int) -> bytes:
@@ -93,8 +104,8 @@ class Presence:
         return self._store.get(key) if self._store.check([key]) else b""
 
 
-def write_beat(store: dist.Store, rank: int, progress: int) -> None:
-    store.set(f"beat/{rank}", f"{time.time()} {progress}")
+def write_beat(store: dist.Store, rank: int, progress: int, doing: str = "") -> None:
+    store.set(f"beat/{rank}", f"{time.time()} {progress} {doing}")
 
 
 def write_end(store: dist.Store, rank: int, status: int, message: str, is_cause: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -26,6 +27,7 @@ class Rank:
         console: where progress is shown; the terminal, also when stderr goes to a log.
         timeline: the stages of the start so far.
         seat: its cores and threads.
+        say_doing: what it is at, for those that wait for it; "": nothing of note.
     """
 
     job: Job
@@ -35,6 +37,7 @@ class Rank:
     console: TextIO
     timeline: Timeline
     seat: Taken
+    say_doing: Callable[[str], None]
 
     def gather(self, words: dict[str, Any]) -> list[dict[str, Any]] | None:
         """What each rank says, in rank order on rank 0, None elsewhere; all ranks must call it."""

@@ -8,6 +8,7 @@ from typing import Any
 from launcher.environment.worker import WorkerEnvironment
 from launcher.ranks.arrival import wait_for_places
 from launcher.ranks.deadline import arrival_deadline
+from launcher.ranks.notice import Notice
 from launcher.ranks.presence import Presence
 from launcher.ranks.store import open_store
 
@@ -20,8 +21,9 @@ def host_until_done(environment: WorkerEnvironment, timeout_s: float) -> int:
     """
     assert environment.size is not None
     deadline = arrival_deadline(environment, timeout_s)
-    store = open_store(environment, deadline)
-    presence = Presence(store, wait_for_places(store, environment.size, deadline))
+    with Notice(sys.stderr, "the scheduler", deadline).given() as notice:
+        store = open_store(environment, deadline, notice)
+        presence = Presence(store, wait_for_places(store, environment.size, deadline, notice))
     ends = presence.wait_for_ends()
     if problem := _problem_of(presence, ends):
         print(f"shardrun: {problem} (said the scheduler)", file=sys.stderr, flush=True)

@@ -19,6 +19,7 @@ from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import RunError
 from launcher.ranks.announced_store import announced_store
 from launcher.ranks.deadline import Deadline
+from launcher.ranks.notice import Notice
 from launcher.ranks.tcp_store import first_line, tcp_store
 
 
@@ -39,12 +40,20 @@ def store_host(environment: WorkerEnvironment) -> str:
     return "torch elastic's agent" if _uses_agent_store() else "rank 0"
 
 
-def open_store(environment: WorkerEnvironment, deadline: Deadline) -> dist.Store:
+def open_store(environment: WorkerEnvironment, deadline: Deadline, notice: Notice) -> dist.Store:
     """Connect to the job's store, or host it where that is this process's part.
+
+    Args:
+        notice: is told whose answer is missing.
 
     Raises:
         RunError: nobody hosts the store before the deadline, or its port is taken.
     """
+    if not hosts_store(environment):
+        place = environment.store or environment.announcement
+        notice.whom = f"{store_host(environment)} to open the rendezvous ({place})"
+        # Others that wait for it are unknown; but what ranks say whom a launcher starts is collected.
+        notice.speaks = environment.launcher == mindspore.NAME or environment.rank == 1
     if environment.store is None:
         store = announced_store(environment.announcement, environment.rank == 0, deadline)
     else:

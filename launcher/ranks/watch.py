@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from launcher.failures import RunError
+from launcher.ranks.behind import Behind
 from launcher.ranks.member import Member
 from launcher.ranks.place import Place, end_stuck, is_here
 from launcher.ranks.presence import SILENCE_S, Presence, write_beat
@@ -59,6 +60,8 @@ class Watch:
         self._presence = Presence(self._store, member.places)
         self._others = [rank for rank in range(member.size) if rank != member.rank]
         self._progress: Callable[[], int] = int
+        self._behind: Behind | None = None
+        self._doing = ""
         self._answered_at = time.monotonic()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -66,9 +69,19 @@ class Watch:
     def start(self) -> None:
         self._thread.start()
 
-    def follow(self, progress: Callable[[], int]) -> None:
-        """From now on each beat says how far this rank is, such as its number of collectives."""
+    def follow(self, progress: Callable[[], int], timeout_s: float) -> None:
+        """From now on each beat says how far this rank is, and ranks that are behind are named.
+
+        Args:
+            progress: how many collectives this rank has entered.
+            timeout_s: deadline of one.
+        """
         self._progress = progress
+        self._behind = Behind(self._member, self._presence, timeout_s)
+
+    def say_doing(self, words: str) -> None:
+        """What this rank is at, for those that wait for it; "": nothing of note."""
+        self._doing = words
 
     def stop(self) -> None:
         """Stop watching, before this rank says how it ended."""
@@ -100,8 +113,11 @@ class Watch:
     def _look(self) -> str:
         """Beat, and say which rank is lost."""
         try:
-            write_beat(self._store, self._member.rank, self._progress())
+            progress = self._progress()
+            write_beat(self._store, self._member.rank, progress, self._doing)
             sentence = self._lost_sentence()
+            if self._behind is not None and not sentence:
+                self._behind.look(progress)
         except dist.DistError:
             return self._store_sentence()
         self._answered_at = time.monotonic()

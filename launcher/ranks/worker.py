@@ -65,7 +65,7 @@ def run_started(
 
     try:
         job = run_dir.read_job(job_hash)
-        member = join(environment, job.config.parallel.start_timeout_s)
+        member = join(environment, job.config.parallel.start_timeout_s, console)
     except BaseException as error:
         _leave(record(error))
     timeline.mark("rendezvous")
@@ -145,9 +145,10 @@ def _do_task(
     device = resolve_device(job.config.device, member.local_rank)
     seat = _take_seat(member, job.config.parallel, device, console)
     group = open_group(member, device, job.config.parallel, watch)
-    watch.follow(lambda: sum(group.counts.values()))
+    watch.follow(lambda: sum(group.counts.values()), job.config.parallel.timeout_s)
     timeline.mark("process_group")
-    rank_task(job.config.task.name)(Rank(job, group, device, run_dir, console, timeline, seat))
+    rank = Rank(job, group, device, run_dir, console, timeline, seat, watch.say_doing)
+    rank_task(job.config.task.name)(rank)
     if dist.is_initialized():
         dist.destroy_process_group()
 

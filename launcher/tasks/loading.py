@@ -45,8 +45,9 @@ def open_decoder(
     )
     dtype = resolve_dtype(config.dtype, checkpoint.config.dtype, rank.device)
     memory = Memory(layout, str(dtype).removeprefix("torch."), packing_of(config))
+    rank.say_doing("loading weights")
     with _loading_bar(rank, memory.weight_bytes(group.rank, group.size)) as bar:
-        return load_decoder(
+        loaded = load_decoder(
             layout,
             checkpoint.source,
             group,
@@ -57,6 +58,8 @@ def open_decoder(
             exact_sums=config.parallel.exact_sums,
             on_bytes=bar.update,
         )
+    rank.say_doing("")
+    return loaded
 
 
 def _loading_bar(rank: Rank, num_bytes: int) -> tqdm[Any]:
