@@ -61,7 +61,7 @@ def write_prepared(
     """
     group = group or LoneGroup()
     ranks = tuple(range(size)) if ranks is None else tuple(ranks)
-    config = _own_config(read_config(source.path), overrides or {})
+    config = _own_config(read_config(source.path), overrides or {}, layout)
     unfinished = Unfinished(output, _arguments(layout, source, size, ranks, config))
     if group.rank == 0:
         unfinished.check_room(prepared_bytes(layout, size, ranks=ranks, source=source.path))
@@ -137,9 +137,15 @@ def _share(jobs: Mapping[str, int], group: Group) -> dict[str, int]:
     return mine
 
 
-def _own_config(config: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """What a manifest says of the scheme is not said twice, in another's words."""
-    return override_config(without_quantization(config), overrides)
+def _own_config(
+    config: dict[str, Any], overrides: Mapping[str, Any], layout: Layout
+) -> dict[str, Any]:
+    """What a manifest says of the scheme is not said twice, in another's words; and what the files said
+    against a tied lm_head is said."""
+    values = override_config(without_quantization(config), overrides)
+    if values.get("tie_word_embeddings") and not layout.config.tie_word_embeddings:
+        values["tie_word_embeddings"] = False
+    return values
 
 
 def _arguments(
