@@ -13,6 +13,7 @@ from typing import Any
 from launcher.environment.size import decide_size
 from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import ConfigError
+from launcher.generation_notes import generation_notes
 from launcher.host.device import check_names, remedy
 from launcher.host.gpus import count_gpus
 from launcher.host.kernels import check_kernel, choose_kernel
@@ -75,8 +76,8 @@ def resolve(config: Config, environment: WorkerEnvironment) -> Resolved:
     if checkpoint.own_scheme is not None:
         config = replace(config, quant=_quant_section(layout))
     if not is_random:
-        notes += _override_notes(path, model_overrides(config)) + _sampling_note(checkpoint)
-        notes += _end_note(config, checkpoint)
+        notes += _override_notes(path, model_overrides(config)) + checkpoint.notes
+        notes += generation_notes(checkpoint, config.generation) + _end_note(config, checkpoint)
     return Resolved(config, checkpoint, layout, notes)
 
 
@@ -258,13 +259,6 @@ def _override_notes(path: Path, overrides: Mapping[str, Any]) -> tuple[str, ...]
         for key, value in overrides.items()
         if own.get(key) != value
     )
-
-
-def _sampling_note(checkpoint: Checkpoint) -> tuple[str, ...]:
-    if not checkpoint.unused_sampling:
-        return ()
-    listed = ", ".join(f"{key}={value}" for key, value in checkpoint.unused_sampling.items())
-    return (f"the checkpoint's generation_config.json says {listed}: not used, set generation.*",)
 
 
 def _end_note(config: Config, checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -92,7 +92,8 @@ def test_zero_points_and_scalars_of_old_are_planned_opened_and_change_nothing(ex
             tensors[name.replace("scale", "zero_point")] = torch.zeros(1, dtype=torch.int8)
 
     damage_tensors(path, as_of_old)
-    weight_map = dict.fromkeys(read_all(path), "model.safetensors")
+    weight_map = dict.fromkeys(read_all(path), "shard.safetensors")
+    (path / "model.safetensors").rename(path / "shard.safetensors")
     (path / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
     planned = describe_layout(path, QuantScheme(), {}, vocab_emb_dp=False)
     assert planned.schemes == open_checkpoint(path).layout(QuantScheme()).schemes

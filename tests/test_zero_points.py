@@ -321,7 +321,8 @@ def test_symmetric_directories_hold_no_zero_point(folder):
 def test_an_index_must_list_the_zero_points(compressed, tmp_path):
     path = shutil.copytree(compressed, tmp_path / "indexed")
     names = [name for name in read_all(path) if name != f"{Q}.input_zero_point"]
-    weight_map = dict.fromkeys(names, "model.safetensors")
+    weight_map = dict.fromkeys(names, "shard.safetensors")
+    (path / "model.safetensors").rename(path / "shard.safetensors")
     (path / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(CheckpointError, match=f"lacks 1 tensors .*{Q}.input_zero_point"):
         describe_layout(path, QuantScheme(), {}, vocab_emb_dp=False)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from parallel.checkpoint.compressed.config import (
 from parallel.checkpoint.compressed.groups import read_quantization, to_scheme
 from parallel.checkpoint.compressed.parts import part_names
 from parallel.checkpoint.config_values import config_file, read_config_values, says_model
-from parallel.checkpoint.json_file import read_json_object
+from parallel.checkpoint.generation_config import GENERATION_CONFIG, read_generation_defaults
 from parallel.checkpoint.layout import Layout, make_layout
 from parallel.checkpoint.layout_checks import check_names
 from parallel.checkpoint.mindformers.directory import ModelFile
@@ -27,9 +27,11 @@ from parallel.checkpoint.readers.golden_stick.statement import (
     wished_scheme,
 )
 from parallel.checkpoint.readers.huggingface import (
-    BIN_INDEX_NAME,
-    INDEX_NAME,
     HuggingFaceSource,
+    find_files,
+    find_index,
+    model_names,
+    names_weights,
     read_index,
 )
 from parallel.checkpoint.readers.loose_shards import LooseShards, find_shards, shards_size
@@ -41,17 +43,22 @@ from parallel.checkpoint.readers.prepared import PreparedSource, is_prepared, pr
 from parallel.checkpoint.readers.random import RandomSource
 from parallel.checkpoint.readers.sharded import ShardedSource
 from parallel.checkpoint.regular_file import check_directory
-from parallel.checkpoint.source import Source
+from parallel.checkpoint.source import FLOAT_DTYPES, Source
 from parallel.checkpoint.source_layout import (
     difference,
     only_scheme,
     prepared_layout,
     source_layout,
 )
+from parallel.checkpoint.tied_head import KEPT_APART, has_own_head
 from parallel.errors import CheckpointError
-from parallel.model.config import ModelConfig, token_ids
-from parallel.model.placements import linear_modules, placement_table
+from parallel.model.config import ModelConfig, said_dtype
+from parallel.model.placements import EMBEDDING, linear_modules, placement_table
 from quant.scheme import QuantScheme
+
+_ADAPTER_CONFIG = "adapter_config.json"
+# Of a second lm_head, which `plan` looks at: one that is not the embedding differs in its first.
+_PLANNED_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -59,10 +66,12 @@ class Checkpoint:
     """A directory that was opened.
 
     Attributes:
-        config: its model.
+        config: its model, as config.json and the tensors say it.
         source: its tensors.
-        eos_token_ids: the union of config.json and generation_config.json.
-        unused_sampling: sampling defaults in generation_config.json, which are not used.
+        eos_token_ids: those of generation_config.json, else of config.json.
+        unused_sampling: what its defaults of generation would change of the text; they are not used.
+        sampling_file: which file says so.
+        notes: what the user should know of how it was read.
     """
 
     path: Path
@@ -70,6 +79,8 @@ class Checkpoint:
     source: Source
     eos_token_ids: tuple[int, ...]
     unused_sampling: Mapping[str, Any]
+    sampling_file: str = GENERATION_CONFIG
+    notes: tuple[str, ...] = ()
 
     @property
     def prepared_size(self) -> int | None:
@@ -113,13 +124,17 @@ def open_checkpoint(
     check_directory(path, key)
     values = read_config(path, overrides)
     config = _model_config(values, path)
-    generation = _optional_json(path / "generation_config.json")
+    source = _open_source(path, config, values, scheme)
+    config, notes = _settled(config, values, source)
+    generation = read_generation_defaults(path, values, config.eos_token_ids)
     return Checkpoint(
         path=path,
         config=config,
-        source=_open_source(path, config, values, scheme),
-        eos_token_ids=_eos_ids(config, generation, path),
-        unused_sampling=_unused_sampling(generation),
+        source=source,
+        eos_token_ids=generation.eos_token_ids,
+        unused_sampling=generation.changes,
+        sampling_file=generation.file,
+        notes=(*notes, *_adapter_notes(path), *generation.notes),
     )
 
 
@@ -156,13 +171,32 @@ def scheme_to_apply(path: Path) -> ModelFile | None:
 
 
 def describe_layout(
-    path: Path, scheme: QuantScheme, overrides: Mapping[str, Any], *, vocab_emb_dp: bool
+    path: Path,
+    scheme: QuantScheme,
+    overrides: Mapping[str, Any],
+    *,
+    vocab_emb_dp: bool,
+    on_note: Callable[[str], object] = lambda _: None,
 ) -> Layout:
-    """The layout of a directory from its config.json and, where there is one, its index alone."""
+    """The layout of a directory from its config.json and, where there is one, its index alone.
+
+    What those leave open is looked up in the weights, where all of them are there: a dtype in their
+    headers, a second lm_head in its first rows.
+
+    Args:
+        on_note: told what the user should know.
+    """
     values = read_config(path, overrides)
     config = _model_config(values, path)
     if (sharded := _open_sharded(path, config)) is not None:
+        config, _ = _settled(config, values, sharded)
         return prepared_layout(config, sharded, scheme, vocab_emb_dp=vocab_emb_dp)
+    is_open = config.tie_word_embeddings or said_dtype(values) is None
+    if is_open and names_weights(path) and all(file.exists() for file in find_files(path)):
+        source = _open_source(path, config, values, scheme)
+        config, notes = _settled(config, values, source, most_rows=_PLANNED_ROWS)
+        for note in notes:
+            on_note(note)
     said = find_quantization(path, scheme)
     if said is not None and said.scheme is not None:
         own = only_scheme(path, said.scheme, scheme, said.path.name)
@@ -179,11 +213,10 @@ def describe_layout(
         vocab_emb_dp=vocab_emb_dp,
         has_zero_point=lambda row: row.module in asymmetric,
     )
-    for name in (INDEX_NAME, BIN_INDEX_NAME):
-        if (path / name).exists():
-            present = set(by_hf_names(read_index(path / name)))
-            check_names(_file_names(layout, linears, present), present, str(path / name))
-            break
+    if (index := find_index(path)) is not None:
+        stored = by_hf_names(read_index(index))
+        present = set(model_names(stored, is_tied=config.tie_word_embeddings))
+        check_names(_file_names(layout, linears, present), present, str(index))
     return layout
 
 
@@ -191,6 +224,32 @@ def _model_config(values: dict[str, Any], path: Path) -> ModelConfig:
     """What is said of quantization is for another to read, unless nobody does."""
     own = values if is_prepared(path) else without_quantization(values)
     return ModelConfig.from_hf(own, str(config_file(path)) if says_model(path) else "`model`")
+
+
+def _settled(
+    config: ModelConfig, values: Mapping[str, Any], source: Source, *, most_rows: int | None = None
+) -> tuple[ModelConfig, tuple[str, ...]]:
+    """The config with what the tensors say of it, and what to say of that.
+
+    Args:
+        most_rows: how many rows of a second lm_head are looked at; None: all.
+    """
+    embedding = source.tensors.get(EMBEDDING)
+    if said_dtype(values) is None and embedding is not None and embedding.dtype in FLOAT_DTYPES:
+        config = replace(config, dtype=embedding.dtype)
+    if isinstance(source, ShardedSource) or not has_own_head(config, source, most_rows=most_rows):
+        return config, ()
+    return replace(config, tie_word_embeddings=False), (KEPT_APART,)
+
+
+def _adapter_notes(path: Path) -> tuple[str, ...]:
+    """transformers applies it where peft is installed."""
+    if not (path / _ADAPTER_CONFIG).exists():
+        return ()
+    return (
+        f"the adapter beside the weights ({_ADAPTER_CONFIG}) is not applied; merge it into them where "
+        "it is wanted",
+    )
 
 
 def _open_source(
@@ -207,10 +266,11 @@ def _open_source(
         check_unquantized(path, source.tensors)
         return source
     if not is_compressed(values):
-        return HuggingFaceSource(path)
+        return HuggingFaceSource(path, is_tied=config.tie_word_embeddings)
     linears = _compressed_linears(path, config, values)
     rows = placement_table(config, own_head=True).values()
-    return CompressedSource(path, linears, {row.module: row.shape for row in rows if row.is_linear})
+    shapes = {row.module: row.shape for row in rows if row.is_linear}
+    return CompressedSource(path, linears, shapes, is_tied=config.tie_word_embeddings)
 
 
 def _open_sharded(path: Path, config: ModelConfig) -> ShardedSource | None:
@@ -254,26 +314,3 @@ def _file_names(
         linear = linears.get(row.module) if row.is_linear else None
         names |= set(part_names(row.name, linear, present)) if linear else {row.twin or row.name}
     return names
-
-
-# Sampling keys of generation_config.json and the values that change nothing.
-_NEUTRAL: Mapping[str, Any] = {
-    "do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0,
-}  # fmt: skip
-
-
-def _unused_sampling(generation: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: generation[key]
-        for key, neutral in _NEUTRAL.items()
-        if generation.get(key, neutral) not in (neutral, None)
-    }
-
-
-def _eos_ids(config: ModelConfig, generation: dict[str, Any], path: Path) -> tuple[int, ...]:
-    more = token_ids(generation.get("eos_token_id"), str(path / "generation_config.json"))
-    return tuple(sorted({*config.eos_token_ids, *more}))
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json_object(path) if path.exists() else {}

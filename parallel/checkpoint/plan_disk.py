@@ -10,17 +10,16 @@ from typing import Any
 
 from parallel.checkpoint.json_file import read_json_object
 from parallel.checkpoint.layout import Layout, make_layout
-from parallel.checkpoint.readers.huggingface import BIN_INDEX_NAME, INDEX_NAME, read_index
+from parallel.checkpoint.readers.huggingface import find_files, find_index, names_weights
 from parallel.checkpoint.readers.prepared import SHARD_FILE, is_prepared
 from parallel.checkpoint.readers.shard_header import ShardHeader
-from parallel.checkpoint.side_files import COPIED_FILES, side_files
+from parallel.checkpoint.side_files import side_files
 from quant.scheme import QuantScheme
 
 # Of each form; MindFormers' and Golden Stick's may lie in a directory a rank.
 _WEIGHTS = (
     "*.safetensors", "*.bin", "*.pth", "*.ckpt", "rank_*/*.safetensors", "rank_*/*.ckpt",
 )  # fmt: skip
-_INDEXES = (INDEX_NAME, BIN_INDEX_NAME)
 # From above, beside the name: an entry of a shard's header, a tensor of the manifest (its shape, and the
 # sum of its source), and a shard of that (two slices and a sum, which the journal of an unfinished one
 # has as well).
@@ -59,9 +58,8 @@ def weight_files(path: Path) -> list[Path]:
     those of the first form that is."""
     if is_prepared(path):
         return sorted(path.glob(f"rank_*/{SHARD_FILE}"))
-    index = next((path / name for name in _INDEXES if (path / name).exists()), None)
-    if index is not None:
-        named = sorted({path / name for name in read_index(index).values()})
+    if names_weights(path):
+        named = find_files(path)
         return named if len(_regular(named)) == len(named) else []
     found = (sorted(path.glob(pattern)) for pattern in _WEIGHTS)
     return next((_regular(files) for files in found if files), [])
@@ -89,7 +87,7 @@ def prepared_bytes(
     manifest = 3 * sum(names) + (_MANIFEST_ENTRY + _MANIFEST_SHARD * size) * len(names)
     copied = _regular([*side_files(source, tokenizer).values()]) if source else []
     beside = sum(file.stat().st_size for file in copied)
-    rounding = _BLOCK * (2 * len(ranks) + len(COPIED_FILES) + 2)
+    rounding = _BLOCK * (2 * len(ranks) + len(copied) + 3)
     shards = sum(layout.rank_bytes(rank, size) for rank in ranks)
     return shards + header * len(ranks) + manifest + beside + rounding
 
@@ -100,9 +98,7 @@ def _regular(files: Sequence[Path]) -> list[Path]:
 
 def _index_total(path: Path) -> int | None:
     """`metadata.total_size` of an index, which some writers leave out."""
-    for name in _INDEXES:
-        if (path / name).exists():
-            metadata: Any = read_json_object(path / name).get("metadata")
-            total = metadata.get("total_size") if isinstance(metadata, dict) else None
-            return total if type(total) is int and total > 0 else None
-    return None
+    index = find_index(path)
+    metadata: Any = read_json_object(index).get("metadata") if index is not None else None
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return total if type(total) is int and total > 0 else None

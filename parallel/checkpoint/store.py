@@ -62,8 +62,7 @@ def write_prepared(
     """
     group = group or LoneGroup()
     ranks = tuple(range(size)) if ranks is None else tuple(ranks)
-    # What a manifest says of the scheme is not said twice, in another's words.
-    config = without_quantization(read_config(source.path, overrides))
+    config = _own_config(read_config(source.path, overrides), layout)
     unfinished = Unfinished(output, _arguments(layout, source, size, ranks, config, tokenizer))
     if group.rank == 0:
         beside = {"source": source.path, "tokenizer": tokenizer}
@@ -138,6 +137,15 @@ def _share(jobs: Mapping[str, int], group: Group) -> dict[str, int]:
             mine[name] = size
         before += size
     return mine
+
+
+def _own_config(config: dict[str, Any], layout: Layout) -> dict[str, Any]:
+    """What a manifest says of the scheme is not said twice, in another's words; and what the files said
+    against a tied lm_head is said."""
+    values = without_quantization(config)
+    if values.get("tie_word_embeddings") and not layout.config.tie_word_embeddings:
+        values["tie_word_embeddings"] = False
+    return values
 
 
 def _arguments(

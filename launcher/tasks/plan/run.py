@@ -1,6 +1,6 @@
 """plan: what each rank will hold, which sizes work, what fits, and how fast it can be at most.
 
-Reads config.json and the index only: no process is started and no weight is read.
+Reads config.json and the index, and of weights no more than `describe_layout` says; starts no process.
 """
 
 from __future__ import annotations
@@ -61,8 +61,12 @@ def _decide_tp(config: Config, environment: WorkerEnvironment) -> int:
     own = own_size(checkpoint_path(config)) if config.checkpoint else None
     size, notes = decide_size(environment, config.parallel.tp, own, default)
     for note in notes:
-        print(f"shardrun: {note}", file=sys.stderr)
+        _say(note)
     return size
+
+
+def _say(note: str) -> None:
+    print(f"shardrun: {note}", file=sys.stderr)
 
 
 def _path(config: Config) -> Path | None:
@@ -76,7 +80,7 @@ def _layout(config: Config) -> Layout:
     if path is None:
         shape = ModelConfig.from_hf(overrides, "`model`")
         return make_layout(shape, scheme, vocab_emb_dp=vocab_emb_dp)
-    return describe_layout(path, scheme, overrides, vocab_emb_dp=vocab_emb_dp)
+    return describe_layout(path, scheme, overrides, vocab_emb_dp=vocab_emb_dp, on_note=_say)
 
 
 def _workload(config: Config, model: ModelConfig) -> Workload:
