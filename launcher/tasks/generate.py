@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import resource
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from launcher.job import Job, Prompt
-from launcher.progress import open_bar
 from launcher.ranks.rank import Rank
 from launcher.resolve import model_overrides
 from launcher.schema import GenerationSection
 from launcher.tasks.loading import cache_length, open_decoder, say_loaded
-from launcher.text import TextStream, Tokenizer, open_tokenizer
+from launcher.tasks.results import ResultWriter
 from parallel.checkpoint.open import Checkpoint, open_checkpoint
-from parallel.generation.decode import Completion, GenerationLoop, Request, Timings
+from parallel.generation.decode import GenerationLoop, Request, Timings
 from parallel.generation.sampling import Sampling
 from parallel.load import LoadTimings
 from parallel.model.decoder import Decoder
@@ -86,79 +83,6 @@ def sampling(section: GenerationSection) -> Sampling:
         section.top_p,
         section.repetition_penalty,
     )
-
-
-class ResultWriter:
-    """Rank 0's output: text on stdout, result.jsonl, and a progress bar on the console.
-
-    One prompt's line grows as its tokens come; of several, each line is printed when it is whole.
-    """
-
-    def __init__(self, rank: Rank) -> None:
-        job = rank.job
-        self._prompts = {item.index: item for item in job.prompts}
-        self._tokenizer: Tokenizer = open_tokenizer(job.checkpoint)
-        self._stop = job.config.generation.stop
-        self._streams: dict[int, TextStream] = {}
-        self._grows = len(job.prompts) == 1
-        self._file: TextIO = rank.run_dir.result.open("w", encoding="utf-8")
-        self._bar = open_bar(
-            rank.console,
-            is_shown=not self._grows,
-            total=sum(item.max_new_tokens for item in job.prompts),
-            unit="token",
-        )
-        if self._grows:
-            _print(f"'text_generation_text': [{job.prompts[0].text}")
-
-    def take(self, index: int, token: int) -> bool:
-        """A new token; True once a stop string is met."""
-        new, is_stopped = self._stream(index).add(token)
-        if self._grows:
-            _print(new)
-        self._bar.update()
-        return is_stopped
-
-    def finish(self, completion: Completion) -> None:
-        """A prompt has ended: write its result."""
-        prompt, stream = self._prompts[completion.index], self._stream(completion.index)
-        if self._grows:
-            _print(f"{stream.finish()}]\n")
-        else:
-            stream.finish()
-            _print(f"'text_generation_text': [{prompt.text}{stream.text}]\n")
-        self._write(prompt, completion, stream.text)
-
-    def close(self) -> None:
-        self._bar.close()
-        self._file.close()
-
-    def _stream(self, index: int) -> TextStream:
-        if index not in self._streams:
-            ids = self._prompts[index].token_ids
-            self._streams[index] = TextStream(self._tokenizer, ids, self._stop)
-        return self._streams[index]
-
-    def _write(self, prompt: Prompt, completion: Completion, text: str) -> None:
-        entry = {
-            "index": prompt.index,
-            "id": prompt.id,
-            "prompt": prompt.text,
-            "text": text,
-            "token_ids": list(completion.token_ids),
-            "finish_reason": completion.finish_reason,
-        }
-        self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-        self._file.flush()
-
-
-def _print(text: str) -> None:
-    """To stdout at once, also into a pipe; a reader that has gone does not end the run."""
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        sys.stdout = Path("/dev/null").open("w")  # noqa: SIM115
 
 
 def _report(rank: Rank, timings: Timings, loaded: LoadTimings) -> None:
