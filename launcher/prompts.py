@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from types import NoneType
 from typing import Any
@@ -31,14 +31,27 @@ def make_prompts(
         default: prompts where none is given, or None if some must be.
 
     Raises:
-        ConfigError: none or more than one of prompt, prompts, prompts_file; a file that is unread.
+        ConfigError: none or more than one of prompt, prompts, prompts_file; a file that is unread; a
+            stop string that no text has.
         PromptError: a prompt that is empty of tokens, or does not fit with its answer.
     """
+    _check_stop(config.generation.stop, tokenizer)
     prompts = []
     for index, (name, text) in enumerate(_texts(config, default)):
         _check_characters(index, name, text)
         prompts.append(_prompt(config, index, name, text, tokenizer.encode(text), context))
     return tuple(prompts)
+
+
+def _check_stop(stop: Sequence[str], tokenizer: Tokenizer) -> None:
+    """A special token alone stops by its id; beside other text it would be looked for in vain."""
+    for word in stop:
+        within = [special for special in tokenizer.special_ids if special in word]
+        if within and word not in within:
+            raise ConfigError(
+                f"`generation.stop` {beginning(word)} holds the special token {max(within, key=len)!r}, "
+                "which the text of an answer leaves out; write that token alone, or the text alone."
+            )
 
 
 def _texts(config: Config, default: list[str] | None) -> list[tuple[Any, str]]:

@@ -231,7 +231,7 @@ class GenerationSection:
         Rule(lambda value: 1e-5 <= value <= 1e5, "1e-5 to 1e5"),
     )
     seed: int = _key(0, "of the sampling; each prompt has its own generator of seed and index")
-    stop: list[str] = _key([], "strings that end an answer; they are cut off")
+    stop: list[str] = _key([], "strings that end an answer, special tokens too; they are cut off")
     ignore_eos: bool = _key(False, "go on after the end-of-sequence token")
     max_num_seqs: int = _key(8, "sequences that run at once", _at_least(1))
     prefill_chunk: int = _key(

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from launcher.failures import ConfigError
 from launcher.job import Job
 from launcher.prompts import make_prompts
 from launcher.resolve import DEMO
@@ -17,6 +18,9 @@ from launcher.schema import Config, GenerationSection
 from launcher.tasks.results import ResultWriter
 from launcher.text import open_tokenizer
 from parallel.generation.decode import Completion
+from tests import tokenizer_files
+from tests.checkpoints import write_checkpoint
+from tests.test_command import results, run
 
 TEXTS = ["I love", "LLaMA is", "Huawei"]
 
@@ -132,3 +136,44 @@ def test_no_bar_is_drawn_into_the_line_that_grows(tmp_path, monkeypatch, text_is
     run.say(0, " the city")
     run.writer.close()
     assert ("token" in console.getvalue()) is not text_is_shown
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte_fallback", "llama3", "qwen"])
+def test_a_stop_string_that_is_a_special_token_stops_by_its_id(tmp_path, kind):
+    folder = getattr(tokenizer_files, kind)(tmp_path)
+    run = Run(tmp_path, checkpoint=folder, stop=["</s>", "two words", "<tool>"])
+    assert run.writer.stop_ids == (run.tokenizer.special_ids["</s>"],)
+
+
+@pytest.mark.parametrize("stop", ["</s>\n", "a</s>", "</s></s>"])
+def test_a_stop_string_that_no_text_has_is_refused(tmp_path, stop):
+    with pytest.raises(ConfigError, match=r"`generation.stop` .* holds the special token '</s>'"):
+        Run(tmp_path, stop=[stop])
+
+
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_an_answer_ends_before_a_stop_that_is_a_special_token(tmp_path, ignore_eos):
+    """The demo's model says "palaces"; the piece becomes a special token, as `<|im_end|>` is one."""
+    tokenizer = open_tokenizer(DEMO)
+    answer = tokenizer.encode("old palaces")[2:]
+    piece = "▁palaces"
+    (token,) = [token for token in answer if tokenizer.bytes_of(token) == b" palaces"]
+    folder = write_checkpoint(tmp_path / "checkpoint")
+    for name in ("config.json", "model.safetensors", "generation_config.json"):
+        (folder / name).write_bytes((DEMO / name).read_bytes())
+    config = json.loads((DEMO / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"] = {str(token): tokenizer_files.flags(piece, special=True)}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    done = run(
+        tmp_path, f"checkpoint={folder}", "prompt=I love Beijing, because",
+        f"generation.stop=['{piece}']", f"generation.ignore_eos={str(ignore_eos).lower()}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (
+        done.stdout
+        == "'text_generation_text': [I love Beijing, because it is a city that has old]\n"
+    )
+    (result,) = results(tmp_path)
+    assert result["finish_reason"] == "stop"
+    assert result["token_ids"][-1] == token
+    assert result["text"] == " it is a city that has old"

@@ -59,13 +59,14 @@ def make_loop(
 ) -> GenerationLoop:
     """The generation loop of a job, with a cache as long as its longest prompt and answer."""
     section = job.config.generation
+    eos_ids = () if section.ignore_eos else checkpoint.eos_token_ids
     num_rows = min(section.max_num_seqs, len(job.prompts))
     return GenerationLoop(
         decoder,
         decoder.new_cache(num_rows, cache_length(job.prompts)),
         sampling(section),
         seed=section.seed,
-        eos_ids=() if section.ignore_eos else checkpoint.eos_token_ids,
+        eos_ids=(*eos_ids, *writer.stop_ids) if writer else eos_ids,
         prefill_chunk=section.prefill_chunk,
         on_token=writer.take if writer else None,
     )

@@ -18,11 +18,18 @@ from parallel.generation.decode import Completion
 
 
 class ResultWriter:
-    """Takes tokens and completions in any order of the prompts."""
+    """Takes tokens and completions in any order of the prompts.
+
+    Attributes:
+        stop_ids: tokens that end an answer because they are stop strings: no text has special tokens.
+    """
 
     def __init__(self, rank: Rank) -> None:
         job = rank.job
         tokenizer, stop = open_tokenizer(job.checkpoint), job.config.generation.stop
+        self.stop_ids = tuple(
+            tokenizer.special_ids[word] for word in stop if word in tokenizer.special_ids
+        )
         self._prompts = {item.index: item for item in job.prompts}
         self._stream = cache(
             lambda index: TextStream(tokenizer, self._prompts[index].token_ids, stop)
