@@ -130,7 +130,9 @@ def test_no_arguments_generate_from_the_demo_with_two_ranks(plain):
     lines = done.stdout.splitlines()
     assert len(lines) == 3
     assert all(line.startswith("'text_generation_text': [") for line in lines)
-    assert any("I love Beijing, because" in line for line in lines)
+    prompts = ["I love Beijing, because", "LLaMA is a", "Huawei is a company that"]
+    assert all(f"[{prompt}" in line for prompt, line in zip(prompts, lines, strict=True))
+    assert [entry["prompt"] for entry in results(folder)] == prompts
     report = json.loads((run_dir(folder) / "report.json").read_text())
     assert report["tp"] == 2
     assert report["prefill_tokens"] > 0

@@ -17,18 +17,52 @@ from tests.tokenizer_files import LLAMA, flags, sentencepiece
 IM_START, IM_END = 2048, 2049  # behind the demo's 2,048 pieces
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_ids_and_text_equal_those_of_transformers(name, tmp_path):
+@pytest.fixture
+def transformers():
+    pytest.importorskip("transformers", minversion="5.0", reason="version 4 reads legacy otherwise")
+
+
+@pytest.fixture
+def protobuf(transformers):
+    pytest.importorskip(
+        "google.protobuf", reason="transformers reads tokenizer.model with protobuf"
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("json")])
+@pytest.mark.usefixtures("transformers")
+def test_ids_and_text_of_a_json_file_equal_those_of_transformers(name, tmp_path):
+    assert not differences(name, tmp_path, 60)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("model")])
+@pytest.mark.usefixtures("protobuf")
+def test_ids_and_text_of_a_model_equal_those_of_transformers(name, tmp_path):
     """`python -m tests.check_tokenizers` takes 2,000 texts for each."""
     assert not differences(name, tmp_path, 60)
 
 
+@pytest.mark.usefixtures("protobuf")
 def test_every_model_of_the_shared_data_equals_transformers(shared, tmp_path):
     for place, model in enumerate(sorted(shared.rglob("*.model"))):
         config = model.with_name("tokenizer_config.json")
         values = json.loads(config.read_text()) if config.exists() else {"add_bos_token": True}
         folder = sentencepiece(tmp_path / str(place), model, values)
         assert not differences(lambda _, folder=folder: folder, tmp_path, 60), model
+
+
+@pytest.mark.parametrize(("legacy", "prefix"), [(True, "always"), (False, "first")])
+def test_both_kinds_of_file_give_the_same_ids(tmp_path, legacy, prefix):
+    decoder = {
+        "2048": flags("<tool>", normalized=True),
+        "2049": flags("<|im_start|>", special=True),
+    }
+    config = {**LLAMA, "legacy": legacy, "added_tokens_decoder": decoder}
+    model = open_tokenizer(sentencepiece(tmp_path / "model", config=config))
+    library = open_tokenizer(tokenizer_files.byte_fallback(tmp_path / "json", prefix))
+    for text in tokenizer_files.random_texts(200):
+        assert model.encode(text) == library.encode(text), text
+        assert model.decode(model.encode(text)) == library.decode(library.encode(text)), text
 
 
 def test_special_tokens_in_a_text_become_their_ids_and_leave_no_text(tmp_path):

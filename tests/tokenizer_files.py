@@ -89,10 +89,23 @@ def user_defined_model(path: Path) -> Path:
     return path
 
 
-def byte_fallback(folder: Path) -> Path:
-    """tokenizer.json as Llama 2's: SentencePiece's pieces, and a token for each byte."""
+def byte_fallback(folder: Path, prefix: str | None = None) -> Path:
+    """tokenizer.json as Llama 2's: SentencePiece's pieces, and a token for each byte.
+
+    Args:
+        prefix: which parts of a text transformers 5 puts a space before, "always" or "first"; without
+            it the file is as those of transformers 4.
+    """
     from sentencepiece import SentencePieceProcessor
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+    from tokenizers import (
+        AddedToken,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+    )  # fmt: skip
 
     processor = SentencePieceProcessor(model_file=str(DEMO / "tokenizer.model"))
     vocabulary = {processor.id_to_piece(token): token for token in range(processor.vocab_size())}
@@ -105,9 +118,12 @@ def byte_fallback(folder: Path) -> Path:
     library = Tokenizer(
         models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     )
-    library.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
+    if prefix is None:
+        library.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+    else:
+        library.pre_tokenizer = pre_tokenizers.Metaspace("▁", prefix, split=False)
     library.decoder = decoders.Sequence(
         [
             decoders.Replace("▁", " "),
