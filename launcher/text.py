@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType
@@ -35,7 +36,7 @@ def open_tokenizer(path: Path) -> Tokenizer:
         CheckpointError: there is none, or it cannot be read.
     """
     file = path
-    if path.is_dir():
+    if os.path.isdir(path):
         found = [path / name for name in TOKENIZER_FILES if (path / name).exists()]
         if not found:
             raise CheckpointError(

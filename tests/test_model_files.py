@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -134,6 +135,31 @@ def test_scheme_is_that_of_the_same_file_on_the_command_line(tmp_path):
     assert scheme == QuantScheme.from_dict(given)
     assert (scheme.act_quant_granularity, scheme.kv_granularity) == ("per_tensor", "per_channel")
     assert read_model_file(write_yaml(path)).scheme is None
+
+
+def is_accepted(method: str, weight: str, act: str, cache: str, suppression: str) -> bool:
+    """The table of docs/golden_stick.md's methods: what each has a meaning for."""
+    if weight == "None":
+        return (act, cache, suppression) == ("None", "int8", "None") and method != "smooth_quant"
+    if method == "smooth_quant":
+        return (act, suppression) == ("int8", "smooth")
+    return method == "ptq" or suppression == "None"
+
+
+def test_of_the_48_cells_of_their_table_16_mean_something(tmp_path):
+    found = {}
+    values = (["rtn", "smooth_quant", "ptq"], *[["None", "int8"]] * 3, ["None", "smooth"])
+    for method, *cell in itertools.product(*values):
+        fields = ("weight_dtype", "activation_dtype", "kvcache_dtype", "outliers_suppression")
+        block = {"quant_method": method, **dict(zip(fields, cell, strict=True))}
+        path = write_yaml(tmp_path / "predict.yaml", {**block, "modules_to_not_convert": []})
+        try:
+            found[method, *cell] = read_model_file(path).scheme is not None
+        except CheckpointError:
+            found[method, *cell] = False
+    assert len(found) == 48
+    assert found == {cell: is_accepted(*cell) for cell in found}
+    assert sum(found.values()) == 16
 
 
 def test_several_yaml_files_are_refused_by_name(tmp_path):

@@ -10,8 +10,8 @@ from launcher.environment.worker import WorkerEnvironment
 from launcher.failures import ConfigError
 from launcher.job import tokenizer_path
 from launcher.output import new_directory, num_writers
-from launcher.resolve import checkpoint_path, model_overrides
-from launcher.schema import Config
+from launcher.resolve import checkpoint_path
+from launcher.schema import Config, model_overrides
 from parallel.checkpoint.layout import Layout
 from parallel.checkpoint.open import Checkpoint, open_checkpoint, own_size
 from quant.scheme import QuantScheme
