@@ -6,6 +6,7 @@ itself says goes first: a config.json, a tokenizer beside the weights, integers 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Container
 from dataclasses import replace
 from pathlib import Path
@@ -48,11 +49,12 @@ def complete(
 
 
 def _directory(config: Config) -> Path | None:
-    """Where the weights are; None: none are given, or they are not there, as others will say."""
+    """Where the weights are; None: none are given, or they cannot be read, as others will say."""
     if config.checkpoint is None:
         return None
     directory = weights_directory(Path(config.checkpoint).absolute())
-    return directory if directory.is_dir() else None
+    is_readable = os.path.isdir(directory) and os.access(directory, os.R_OK | os.X_OK)
+    return directory if is_readable else None
 
 
 def _with_scheme(
@@ -100,7 +102,7 @@ def _with_tokenizer(config: Config, predict: PredictFile, directory: Path | None
         path
         for name in predict.tokenizers.values()
         for path in (Path(name).absolute(), Path(predict.file.source).absolute().parent / name)
-        if path.exists()
+        if os.path.exists(path)
     ]
     beside = [name for name in TOKENIZER_FILES if directory and (directory / name).exists()]
     if not reads(config.task.name, "tokenizer") or directory is None:

@@ -7,7 +7,9 @@ import os
 from pathlib import Path
 
 from launcher.failures import ConfigError
+from launcher.job import tokenizer_path
 from launcher.schema import Config
+from launcher.text import open_tokenizer
 
 # Each works on a tensor of its own: memory is bounded by so many of them, not by the cores.
 _MOST_THREADS = 8
@@ -18,6 +20,7 @@ def new_directory(config: Config) -> Path:
 
     Raises:
         ConfigError: no output is named, it exists, or another dtype than the checkpoint's is asked for.
+        CheckpointError: the tokenizer that is to lie in it cannot be read.
     """
     task = config.task.name
     if config.output is None:
@@ -31,6 +34,8 @@ def new_directory(config: Config) -> Path:
     if os.path.lexists(output):
         raise ConfigError(f"`output` {output} exists already; choose another or remove it.")
     _check_name(output)
+    if (tokenizer := tokenizer_path(config)) is not None:
+        open_tokenizer(tokenizer)
     return output
 
 

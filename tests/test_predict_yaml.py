@@ -287,6 +287,16 @@ def test_another_tokenizer_leaves_none_of_the_sources_beside_it(original, tmp_pa
     assert not (out / "tokenizer_config.json").exists()
 
 
+@pytest.mark.parametrize("name", ["gone", "empty", "garbage", "x" * 300])
+def test_a_tokenizer_that_cannot_be_read_is_not_written_beside_weights(name, original, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "garbage").write_bytes(b"IQ== 0\nIg== 1\n")  # tiktoken's form
+    words = [f"checkpoint={original}", f"output={tmp_path / 'out'}", f"tokenizer={tmp_path / name}"]
+    with pytest.raises(CheckpointError, match=str(tmp_path / name)):
+        prepare(compose(["task=prepare", *words]), PLAIN)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("task", ["prepare", "export"])
 def test_compute_dtype_is_set_aside_where_tensors_keep_their_dtype(task, original, tmp_path, given):
     values = yaml.safe_load(given.read_text())

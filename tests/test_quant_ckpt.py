@@ -414,8 +414,8 @@ def test_a_yaml_of_a_quantized_model_is_refused(tmp_path: Path) -> None:
 def test_a_yaml_that_mindformers_could_not_mean_is_refused_in_prepares_words(
     tmp_path: Path,
 ) -> None:
-    path = predict_yaml(tmp_path, parallel_config={"pipeline_stage": 2})
-    assert "`parallel_config.pipeline_stage`" in refusal(f"-c {path} -q rtn-a16w8")
+    path = predict_yaml(tmp_path, context={"device_target": "TPU"})
+    assert "`context.device_target`" in refusal(f"-c {path} -q rtn-a16w8")
 
 
 # --------------------------------------------------------------------------------- the presets, too

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -62,9 +63,10 @@ def weights_directory(path: Path) -> Path:
     Raises:
         CheckpointError: there are other weights beside the file.
     """
-    if path.is_dir() and _is_part(path):
+    # os.path answers also for names that no file system takes; who opens them says what is wrong.
+    if os.path.isdir(path) and _is_part(path):
         return path.parent
-    if path.suffix not in (".ckpt", ".safetensors") or not path.is_file():
+    if path.suffix not in (".ckpt", ".safetensors") or not os.path.isfile(path):
         return path
     if _is_part(path.parent):
         return path.parent.parent
