@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,8 +16,22 @@ import pytest
 
 COMMAND = [sys.executable, "-m", "launcher"]
 ROOT = Path(__file__).resolve().parents[1]
-LONG = ("prompt=The code of room", "generation.max_new_tokens=490", "generation.ignore_eos=true")
+DEMO = ROOT / "launcher" / "demo"
 TIMEOUT_S = 120
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory) -> tuple[str, ...]:
+    """The words of a run that no processor ends before a test's signal comes: minutes of decoding."""
+    folder = tmp_path_factory.mktemp("endless")
+    shutil.copytree(DEMO, folder, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    tokens = 60_000
+    (folder / "config.json").write_text(
+        json.dumps({**config, "max_position_embeddings": tokens + 100})
+    )
+    words = (f"generation.max_new_tokens={tokens}", "generation.ignore_eos=true")
+    return (f"checkpoint={folder}", "parallel.tp=2", "prompt=The code of room", *words)
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -229,9 +244,9 @@ def test_worker_request_of_mindspore_starts_so_many_ranks_and_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_killed_worker_is_named_and_nothing_is_left(launch, tmp_path, rank):
+def test_killed_worker_is_named_and_nothing_is_left(launch, endless, tmp_path, rank):
     segments = set(os.listdir("/dev/shm"))
-    process = launch(tmp_path, *LONG)
+    process = launch(tmp_path, *endless)
     wait_for_text(process)
     workers = workers_of(process.pid)
     assert len(workers) == 2
@@ -255,8 +270,8 @@ def test_worker_that_is_missing_is_said_without_a_terminal(launch, tmp_path):
         assert line.endswith(" (MS_TOPO_TIMEOUT=60)\n")
 
 
-def test_survivors_of_hand_set_variables_notice_by_themselves(launch, tmp_path):
-    processes = start_mindspore(launch, tmp_path, 2, "task=generate", *LONG)
+def test_survivors_of_hand_set_variables_notice_by_themselves(launch, endless, tmp_path):
+    processes = start_mindspore(launch, tmp_path, 2, "task=generate", *endless)
     wait_for_text(processes[1])
     os.kill(processes[2].pid, signal.SIGKILL)
     killed_at = time.monotonic()
@@ -267,8 +282,8 @@ def test_survivors_of_hand_set_variables_notice_by_themselves(launch, tmp_path):
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signal_to_the_launcher_ends_the_ranks(launch, tmp_path, sent, status):
-    process = launch(tmp_path, *LONG)
+def test_signal_to_the_launcher_ends_the_ranks(launch, endless, tmp_path, sent, status):
+    process = launch(tmp_path, *endless)
     wait_for_text(process)
     workers = workers_of(process.pid)
     process.send_signal(sent)
@@ -279,10 +294,10 @@ def test_signal_to_the_launcher_ends_the_ranks(launch, tmp_path, sent, status):
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signal_to_every_process_of_a_run_ends_it_as_one_to_the_launcher(
-    launch, tmp_path, sent, status
+    launch, endless, tmp_path, sent, status
 ):
     """Ctrl-C in a terminal, scancel: who supervises must not be shot at while it stops the ranks."""
-    process = launch(tmp_path, *LONG, process_group=0)
+    process = launch(tmp_path, *endless, process_group=0)
     wait_for_text(process)
     agent, workers = agent_of(process.pid), workers_of(process.pid)
     os.killpg(process.pid, sent)
@@ -292,8 +307,8 @@ def test_signal_to_every_process_of_a_run_ends_it_as_one_to_the_launcher(
     wait_until_gone([agent, *workers])
 
 
-def test_signal_while_torch_is_imported_leaves_nobody(launch, tmp_path):
-    process = launch(tmp_path, *LONG)
+def test_signal_while_torch_is_imported_leaves_nobody(launch, endless, tmp_path):
+    process = launch(tmp_path, *endless)
     while not list(tmp_path.glob("outputs/*/*/run.yaml")) and process.poll() is None:
         time.sleep(0.01)
     servers = children_of(process.pid)
@@ -304,9 +319,9 @@ def test_signal_while_torch_is_imported_leaves_nobody(launch, tmp_path):
     wait_until_gone(servers)
 
 
-def test_killed_launcher_takes_its_ranks_along(launch, tmp_path):
+def test_killed_launcher_takes_its_ranks_along(launch, endless, tmp_path):
     """It can stop nobody any more: the agent sees for itself that it is gone."""
-    process = launch(tmp_path, *LONG)
+    process = launch(tmp_path, *endless)
     wait_for_text(process)
     agent, workers = agent_of(process.pid), workers_of(process.pid)
     assert len(workers) == 2
@@ -316,9 +331,9 @@ def test_killed_launcher_takes_its_ranks_along(launch, tmp_path):
     wait_until_gone([*workers, agent, store])
 
 
-def test_killed_agent_is_named_and_takes_its_ranks_along(launch, tmp_path):
+def test_killed_agent_is_named_and_takes_its_ranks_along(launch, endless, tmp_path):
     segments = set(os.listdir("/dev/shm"))
-    process = launch(tmp_path, *LONG)
+    process = launch(tmp_path, *endless)
     wait_for_text(process)
     agent, workers = agent_of(process.pid), workers_of(process.pid)
     os.kill(agent, signal.SIGKILL)
@@ -330,9 +345,9 @@ def test_killed_agent_is_named_and_takes_its_ranks_along(launch, tmp_path):
     assert set(os.listdir("/dev/shm")) <= segments
 
 
-def test_stopped_rank_is_killed_with_the_run(launch, tmp_path):
+def test_stopped_rank_is_killed_with_the_run(launch, endless, tmp_path):
     """SIGTERM waits for a process that is stopped; we do not."""
-    process = launch(tmp_path, *LONG)
+    process = launch(tmp_path, *endless)
     wait_for_text(process)
     workers = workers_of(process.pid)
     os.kill(workers[1], signal.SIGSTOP)
@@ -381,11 +396,11 @@ def test_reader_that_leaves_does_not_fail_the_run(launch, tmp_path):
     assert len(results(tmp_path)) == 1
 
 
-def test_agent_forks_its_ranks_beside_no_thread_of_the_store(launch, tmp_path):
+def test_agent_forks_its_ranks_beside_no_thread_of_the_store(launch, endless, tmp_path):
     """Its server's threads look up names under a lock of the C library; a rank that was forked
     meanwhile waited for that lock for ever.
     """
-    process = launch(tmp_path, *LONG)
+    process = launch(tmp_path, *endless)
     wait_for_text(process)
     agent = agent_of(process.pid)
     tasks = Path(f"/proc/{agent}/task").iterdir()

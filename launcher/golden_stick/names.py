@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Mapping
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -16,7 +17,7 @@ from launcher.failures import ConfigError
 
 def source_words(path: str, own: Mapping[str, str]) -> tuple[dict[str, str], str, str]:
     """The words of -c, the directory of the outputs, and the model's name."""
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         return {"checkpoint": path}, "output", Path(path).resolve().name
     with redirect_stderr(io.StringIO()):  # prepare reads it again, and says what is not used
         keys = read_config_file(Path(path))
@@ -35,7 +36,7 @@ def source_words(path: str, own: Mapping[str, str]) -> tuple[dict[str, str], str
 
 def _model_of(checkpoint: str) -> str:
     path = Path(checkpoint).resolve()
-    return path.stem if path.is_file() else path.name
+    return path.stem if os.path.isfile(path) else path.name
 
 
 def _check_unquantized(path: str, keys: Mapping[str, Any]) -> None:

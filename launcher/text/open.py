@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from launcher.text.json_tokenizer import JsonTokenizer
@@ -28,7 +29,7 @@ def open_tokenizer(path: Path) -> Tokenizer:
     Raises:
         CheckpointError: there is none, or it cannot be read.
     """
-    file = _file_of(path) if path.is_dir() else path
+    file = _file_of(path) if os.path.isdir(path) else path
     check_regular(file, _MOST_BYTES)
     try:
         return JsonTokenizer(file) if file.suffix == ".json" else SentencePieceTokenizer(file)
