@@ -83,18 +83,22 @@ def test_calibrated_shards_are_the_same_integers_at_every_tp(fields, tmp_path):
 
 
 def test_bad_model_is_not_written_and_a_higher_limit_goes_on_from_the_calibration(tmp_path):
-    done = prepare(tmp_path, GPTQ, "output=out", "quant.max_perplexity_increase=0", "parallel.tp=2")
+    # Bytes for activations with outliers cost 6.0 to 7.4 %, by the width of ATen's sums; what int4
+    # costs on so little text may be less than nothing.
+    bad = {**GPTQ, "weight_dtype": "int8", "activation_dtype": "int8"}
+    path = with_outliers(tmp_path)
+    data = f"calibration.data={path / 'calibration.txt'}"
+    words = (f"checkpoint={path}", data, "output=out", "parallel.tp=2")
+    done = prepare(tmp_path, bad, *words, "quant.max_perplexity_increase=1")
     assert done.returncode == 1
     assert "shardrun: the perplexity of the held-out texts grew by" in done.stderr
-    assert "more than `quant.max_perplexity_increase`, 0 %; nothing was written" in done.stderr
+    assert "more than `quant.max_perplexity_increase`, 1 %; nothing was written" in done.stderr
     assert "File" not in done.stderr
     assert not (tmp_path / "out").exists()
     kept = tmp_path / ".out.calibration"
     written = {path.name: path.stat().st_mtime_ns for path in kept.glob("layer_*")}
     assert len(written) == 4
-    again = prepare(
-        tmp_path, GPTQ, "output=out", "quant.max_perplexity_increase=50", "parallel.tp=2"
-    )
+    again = prepare(tmp_path, bad, *words, "quant.max_perplexity_increase=1000")
     assert again.returncode == 0, again.stderr
     assert not kept.exists()
     text = run(tmp_path, "generate", "checkpoint=out", "prompt=The", "generation.max_new_tokens=3")
@@ -333,6 +337,10 @@ def test_smooth_quant_beats_plain_int8_where_channels_are_outliers(tmp_path):
 
 
 def test_gptq_beats_rounding_to_nearest_at_4_bits():
-    """On so little text either may win; seen on all of it: 0.49 % against 0.86 %."""
+    """With 512 tokens either may win; with these GPTQ costs 0.51 to 0.65 of the other.
+
+    That is over the widths of ATen's sums, which decide roundings that GPTQ hands on: without
+    AVX-512 0.34 %, with it 0.38 %, as the processor chooses 0.43 %; rounding to nearest 0.66 %.
+    """
     nearest = {**GPTQ, "quant_method": "rtn", "precision_recovery": None}
-    assert increase(DEMO, GPTQ, 2048) < 0.9 * increase(DEMO, nearest, 2048)
+    assert increase(DEMO, GPTQ, 4096) < 0.9 * increase(DEMO, nearest, 4096)
