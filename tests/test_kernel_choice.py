@@ -23,6 +23,8 @@ def survey(native=None, onednn="its int8 sums saturate on this processor"):
     return {
         "shape": [4096, 4096],
         "computes_on_gpus": False,
+        "read_gb_s": 20.0,
+        "waited": 0.01,
         "kernels": {
             "native": entry(1.0, 50.0, native),
             "onednn": entry(0.5, 20.0, onednn),
@@ -50,6 +52,13 @@ def test_fastest_of_those_that_work_is_taken():
     assert fastest(survey(), "w8a8") == "native"
     assert fastest(survey(onednn=None), "w8a8") == "onednn"
     assert fastest(survey(native="not compiled"), "w8a8") == "reference"
+
+
+def test_a_survey_that_is_not_believed_is_said(monkeypatch):
+    monkeypatch.setattr(kernels, "count_gpus", lambda: 0)
+    monkeypatch.setattr(kernels, "survey", lambda: {**survey(), "waited": 0.4})
+    *_, note = choose_kernel(config(), ("w8a16",))[1]
+    assert note.startswith("the kernels were measured while others had the cores")
 
 
 @pytest.mark.usefixtures("found")

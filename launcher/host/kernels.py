@@ -11,7 +11,7 @@ from typing import Any
 
 from launcher.failures import ConfigError
 from launcher.host.gpus import count_gpus
-from launcher.host.kernel_survey import KERNELS, survey
+from launcher.host.kernel_survey import KERNELS, is_plausible, survey
 from launcher.host.processor import takes_quads
 from launcher.schema import Config
 from quant.packing import Packing
@@ -106,6 +106,11 @@ def slower_than_bfloat16(found: Mapping[str, Any], name: str, scheme: str) -> li
     return [int(rows) for rows in ms if ms[rows] > _NOISE * wide[rows]]
 
 
+_BUSY_NOTE = (
+    "the kernels were measured while others had the cores; the next run measures them again"
+)
+
+
 def _chosen_for_gpus(config: Config) -> Config:
     if config.kernel not in (AUTO, "reference"):
         raise ConfigError(
@@ -139,6 +144,8 @@ def _notes(name: str, found: Mapping[str, Any], labels: Sequence[str]) -> tuple[
     why = found["kernels"]["native"]["problem"]
     slow = {label: slower_than_bfloat16(found, name, label) for label in own}
     notes = [_slow_note(label, rows) for label, rows in slow.items() if rows]
+    if not is_plausible(found):
+        notes.append(_BUSY_NOTE)
     return (*notes, *([_reference_note(others, why)] if others else []))
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +33,7 @@ ROWS = (1, 8, 128)
 _SHAPE, _COPIES = (4096, 4096), 3
 _REPEATS: Mapping[int, int] = {1: 12, 8: 9, 128: 3}
 # A machine that is busy is not made busier: what is left then is timed once.
-_BUDGET_S = 20.0
+_BUDGET_S = 8.0
 
 Product = Callable[[Tensor], Tensor]
 # Milliseconds, by the number of rows.
@@ -39,6 +41,9 @@ Times = dict[str, float]
 # A kernel and the label of a scheme, or _UNQUANTIZED and the dtype of weights.
 Entry = tuple[str, str]
 _UNQUANTIZED = "unquantized"
+# What reads memory and does little else, in turn with the products: what they are held against.
+_READ = ("memory", "read")
+_READ_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,11 @@ def survey() -> dict[str, Any]:
     """What works here and how fast, as JSON values; times are the least of several, in milliseconds.
 
     `kernels`: for each name `problem`, `detail` and, where it works and is no fallback, `ms`: by
-    scheme and number of rows. `unquantized`: the same of bfloat16 and float32 weights.
+    scheme and number of rows. `unquantized`: the same of bfloat16 and float32 weights. `read_gb_s`:
+    how fast memory was read meanwhile. `waited`: the share of the time that threads waited for a
+    core that somebody else had; 0 where the system does not say.
     """
+    start, waited = time.perf_counter(), _waited_s()
     problems = {name: problem(name) for name in KERNELS}
     timed = [name for name in KERNELS if problems[name] is None and name != "reference"]
     contestants = {
@@ -67,11 +75,14 @@ def survey() -> dict[str, Any]:
         (_UNQUANTIZED, str(dtype).removeprefix("torch.")): Contestant(_float_products(dtype), dtype)
         for dtype in (torch.bfloat16, torch.float32)
     }
+    contestants[_READ] = Contestant([_read_of(torch.ones(_READ_BYTES // 4))], torch.float32)
     times = least_times(contestants, _BUDGET_S)
     return {
         "shape": list(_SHAPE),
         "computes_on_gpus": torch.cuda.is_available(),
         "threads": torch.get_num_threads(),
+        "waited": (_waited_s() - waited) / (time.perf_counter() - start) / torch.get_num_threads(),
+        "read_gb_s": _READ_BYTES / 1e6 / min(times[_READ].values()),
         "kernels": {
             name: {
                 "problem": problems[name],
@@ -94,7 +105,8 @@ def least_times(contestants: Mapping[Entry, Contestant], budget_s: float) -> dic
     take turns too, so that each comes from memory and not from a cache.
 
     Args:
-        budget_s: once it is spent, each number of rows that is left is timed once.
+        budget_s: once it is spent, each number of rows that is left is timed once, without a first
+            product that warms it up.
     """
     deadline = time.perf_counter() + budget_s
     found: dict[Entry, Times] = {entry: {} for entry in contestants}
@@ -104,16 +116,28 @@ def least_times(contestants: Mapping[Entry, Contestant], budget_s: float) -> dic
             for entry, item in contestants.items()
         }
         for entry, item in contestants.items():
-            item.products[0](inputs[entry])
+            if time.perf_counter() < deadline:
+                item.products[0](inputs[entry])
         for turn in range(_REPEATS[rows]):
             for entry, item in contestants.items():
                 start = time.perf_counter()
+                if turn and start > deadline:
+                    break
                 item.products[turn % len(item.products)](inputs[entry])
                 ms = 1e3 * (time.perf_counter() - start)
                 found[entry][str(rows)] = min(ms, found[entry].get(str(rows), ms))
             if time.perf_counter() > deadline:
                 break
     return found
+
+
+def _waited_s() -> float:
+    """Seconds that this process's threads could run and did not (Linux: sched-stats.rst), or 0."""
+    total_ns = 0
+    for file in Path("/proc/self/task").glob("*/schedstat"):
+        with suppress(OSError, ValueError, IndexError):  # a thread that has ended
+            total_ns += int(file.read_text().split()[1])
+    return total_ns / 1e9
 
 
 def _detail(name: str) -> str:
@@ -153,6 +177,10 @@ def _random_weight(scheme: LinearScheme) -> QuantizedWeight:
 
 def _float_products(dtype: torch.dtype) -> list[Product]:
     return [_product_of(torch.zeros(_SHAPE, dtype=dtype)) for _ in range(_COPIES)]
+
+
+def _read_of(data: Tensor) -> Product:
+    return lambda _: data.sum()
 
 
 def _product_of(weight: PackedWeight | Tensor) -> Product:
